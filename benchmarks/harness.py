@@ -1,0 +1,100 @@
+"""What every benchmark shares: honest clocks, versions beside figures, one table, one JSON file."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import rich.console
+import rich.table
+
+RESULTS = pathlib.Path(__file__).parent / "results"
+PEERS = ("jax", "jaxlib", "optax", "tensorflow-cpu", "torch", "numpy")
+
+
+def median_ms(step: Callable[[], Any], *, repeats: int = 15, warmup: int = 3) -> float:
+    """Median wall time of ``step`` in milliseconds; what it returns is waited for."""
+    for _ in range(warmup):
+        jax.block_until_ready(step())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(step())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1e3
+
+
+def interleaved_ms(
+    steps: dict[str, Callable[[], Any]], *, repeats: int = 15, warmup: int = 3
+) -> dict[str, float]:
+    """Medians of several steps, taken in turns so that a noisy spell meets all of them alike."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for repeat in range(warmup + repeats):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            jax.block_until_ready(step())
+            if repeat >= warmup:
+                times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(ts) * 1e3 for name, ts in times.items()}
+
+
+def environment() -> dict[str, Any]:
+    """The machine, the date and the versions a figure is worthless without."""
+    versions = {}
+    for name in PEERS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    device = jax.devices()[0]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "python": platform.python_version(),
+        "device": f"{device.platform}: {device.device_kind}",
+        "num_devices": jax.device_count(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "versions": versions,
+    }
+
+
+def report(name: str, rows: Iterable[dict[str, Any]], *, note: str = "") -> None:
+    """Prints ``rows`` as a table and writes them, with the environment, to ``results/``."""
+    rows, env = list(rows), environment()
+    table = rich.table.Table(title=f"{name} (jax {env['versions']['jax']}, {env['device']})")
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    for column in columns:
+        table.add_column(column, justify="left" if column == columns[0] else "right")
+    for row in rows:
+        table.add_row(*(_format(row.get(column, "")) for column in columns))
+    console = rich.console.Console()
+    console.print(table)
+    if note:
+        console.print(note)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{jax.default_backend()}-jax{env['versions']['jax']}.json"
+    path.write_text(json.dumps({"environment": env, "note": note, "rows": rows}, indent=1) + "\n")
+    console.print(f"written: {path.relative_to(RESULTS.parent.parent)}")
+
+
+def _format(value: object) -> str:
+    return f"{value:,.3g}" if isinstance(value, float) and value < 1000 else f"{value}"
+
+
+def _cpu_name() -> str:
+    try:
+        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
