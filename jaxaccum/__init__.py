@@ -1,5 +1,18 @@
 """jaxaccum: sparse-gradient accumulation for JAX."""
 
+from jaxaccum._accumulator import apply, grow, merge, num_accumulated, set_step, take
 from jaxaccum._slices import IndexedSlices
+from jaxaccum._state import AccumulatorState, Verdict, init
 
-__all__ = ["IndexedSlices"]
+__all__ = [
+    "AccumulatorState",
+    "IndexedSlices",
+    "Verdict",
+    "apply",
+    "grow",
+    "init",
+    "merge",
+    "num_accumulated",
+    "set_step",
+    "take",
+]
