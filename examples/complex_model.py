@@ -65,6 +65,13 @@ class Graph:
         swapped = triples[:, [2, 1, 0]] + np.array([0, len(self.relations), 0], np.int32)
         return np.concatenate([triples, swapped])
 
+    def is_linked(self, triples: np.ndarray) -> np.ndarray:
+        """Which of the pairs stand in train with another relation, or the other way round."""
+        linked = self.train[:, [0, 2]].astype(np.int64) @ [len(self.entities), 1]
+        pairs, swapped = ([len(self.entities), 1], [1, len(self.entities)])
+        ends = triples[:, [0, 2]].astype(np.int64)
+        return np.isin(ends @ pairs, linked) | np.isin(ends @ swapped, linked)
+
 
 def load_graph(path: pathlib.Path = DATA) -> Graph:
     """Reads a graph, and checks that its ids lie within its names.
@@ -75,8 +82,8 @@ def load_graph(path: pathlib.Path = DATA) -> Graph:
     """
     damage = (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError)
     try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in (*SPLITS, "entities", "relations")}
+        with path.open("rb") as file, np.load(file) as archive:
+            arrays = {name: archive[name] for name in (*SPLITS, "entities", "relations")}
     except damage as error:
         raise ValueError(f"{path} is damaged or no knowledge graph ({error})") from error
     names = {name: str(arrays[name]).split("\n") for name in ("entities", "relations")}
@@ -259,7 +266,9 @@ def _block_ranks(params: Tables, questions: jax.Array, known: jax.Array) -> jax.
     scores = scores @ params.entities.T
     true = jnp.take_along_axis(scores, tail[:, None], axis=1)
     scores = scores.at[known[:, 0], known[:, 1]].set(-jnp.inf, mode="drop")
-    return 1 + jnp.sum(~(scores < true), axis=1, dtype=jnp.int32)
+    # Where the true score itself is NaN, what was filtered counts as well, the answer included.
+    rank = 1 + jnp.sum(~(scores < true), axis=1, dtype=jnp.int32)
+    return jnp.minimum(rank, scores.shape[1])
 
 
 def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:

@@ -35,6 +35,7 @@ from rich.table import Table
 
 import jaxaccum
 
+Args = argparse.Namespace
 CHUNKS_PER_EPOCH = 8  # calls of the compiled scan, and looks at the progress bar, in an epoch
 NOT_IN_SETTINGS = ("data", "epochs", "near", "out", "plot", "resume", "save_every", "test_triples")
 console = Console(highlight=False)
@@ -44,7 +45,7 @@ class Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, and exits with code 2."""
 
     def error(self, message: str) -> NoReturn:
-        """Overrides a message of several lines."""
+        """Leaves out the usage, which --help prints."""
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
 
 
@@ -70,22 +71,23 @@ class Run:
     mrr: list[list[float]] = dataclasses.field(default_factory=list)  # (epoch, MRR) pairs
 
 
-def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
-    parser = Parser(description=__doc__)
+def parse(argv: list[str] | None) -> tuple[Parser, Args]:
+    parser = Parser(pathlib.Path(__file__).name, description=__doc__)
     path = pathlib.Path
 
-    def number(flag: str, default: float | None, text: str, kind: type = int) -> None:
+    def number(flag: str, default: float | None, text: str, low: float = 1) -> None:
+        kind = at_least(low, float if isinstance(default, float) else int)
         text += "" if default is None else f" (default: {default})"
-        parser.add_argument(flag, default=default, type=positive(kind), metavar="N", help=text)
+        parser.add_argument(flag, default=default, type=kind, metavar="N", help=text)
 
     number("--epochs", 20, "passes over the triples, each seen from both ends")
     number("--batch", 4096, "triples an update of the tables is computed from")
     number("--micro-batches", 4, "gradients accumulated for an update")
     number("--negatives", 512, "random entities a micro-batch is told from")
     number("--dims", 50, "complex dimensions")
-    number("--learning-rate", 0.1, "of Adagrad", float)
-    number("--n3", 0.003, "weight of the N3 regulariser", float)
-    number("--seed", 1, "of tables, order and negatives")
+    number("--learning-rate", 0.1, "of Adagrad", low=0)
+    number("--n3", 0.003, "weight of the N3 regulariser", low=0)
+    number("--seed", 0, "of tables, order and negatives", low=0)
     number("--save-every", 5, "epochs between checkpoints")
     number("--train-triples", None, "train on the first N only, for a quick look")
     number("--test-triples", None, "rank the first N only, for a quick look")
@@ -106,18 +108,17 @@ def parse(argv: list[str] | None) -> tuple[Parser, argparse.Namespace]:
     return parser, args
 
 
-def positive(kind: type) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
+def at_least(low: float, kind: type) -> Callable[[str], Any]:
+    def number(text: str) -> Any:
         value = kind(text)
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be positive, got {text}")
+        if not low <= value < (2**31 if kind is int else float("inf")):
+            raise argparse.ArgumentTypeError(f"must be at least {low} and no giant, got {text}")
         return value
 
-    convert.__name__ = kind.__name__  # argparse names the type in its message
-    return convert
+    return number
 
 
-def init_state(key: jax.Array, graph: model.Graph, args: argparse.Namespace) -> State:
+def init_state(key: jax.Array, graph: model.Graph, args: Args) -> State:
     params = model.init_params(key, graph, args.dims)
     if args.dense:
         return State(params, dense_optimizer(args).init(params), None, jnp.int32(0))
@@ -127,9 +128,7 @@ def init_state(key: jax.Array, graph: model.Graph, args: argparse.Namespace) -> 
     return State(params, squares, model.init_accumulators(params, capacity), jnp.int32(0))
 
 
-def sparse_step(
-    args: argparse.Namespace, state: State, lookups: model.Tables
-) -> tuple[State, jax.Array]:
+def sparse_step(args: Args, state: State, lookups: model.Tables) -> tuple[State, jax.Array]:
     """Accumulates one micro-batch; takes the mean and updates its rows when all are together."""
     value, grads = model.sparse_grads(state.params, lookups, args.n3)
     applied = [jaxaccum.apply(acc, grad) for acc, grad in zip(state.pending, grads, strict=True)]
@@ -144,27 +143,25 @@ def sparse_step(
     return State(*updated, state.micro_step), value
 
 
-def dense_optimizer(args: argparse.Namespace) -> optax.MultiSteps:
-    adagrad = optax.adagrad(
-        args.learning_rate, initial_accumulator_value=0.0, eps=model.ADAGRAD_EPS
-    )
+def dense_optimizer(args: Args) -> optax.MultiSteps:
+    adagrad = optax.adagrad(args.learning_rate, 0.0, eps=model.ADAGRAD_EPS)
     return optax.MultiSteps(adagrad, args.micro_batches)
 
 
-def dense_step(
-    args: argparse.Namespace, state: State, lookups: model.Tables
-) -> tuple[State, jax.Array]:
+def dense_step(args: Args, state: State, lookups: model.Tables) -> tuple[State, jax.Array]:
     """The same, differentiating and updating whole tables."""
-    value, grads = jax.value_and_grad(lambda p: model.loss(model.gather(p, lookups), args.n3))(
-        state.params
-    )
+
+    def loss(params: model.Tables) -> jax.Array:
+        return model.loss(model.gather(params, lookups), args.n3)
+
+    value, grads = jax.value_and_grad(loss)(state.params)
     updates, optimizer = dense_optimizer(args).update(grads, state.optimizer, state.params)
     params = optax.apply_updates(state.params, updates)
     return State(params, optimizer, None, state.micro_step), value
 
 
 def train_chunk(
-    args: argparse.Namespace, num_entities: int, state: State, batches: jax.Array, key: jax.Array
+    args: Args, num_entities: int, state: State, batches: jax.Array, key: jax.Array
 ) -> tuple[State, jax.Array]:
     """Scans over micro-batches, int32 ``[n, B, 3]``; returns the state and ``n`` losses."""
 
@@ -179,7 +176,7 @@ def train_chunk(
 
 
 def train(
-    args: argparse.Namespace, graph: model.Graph, state: State, run: Run, key: jax.Array
+    args: Args, graph: model.Graph, state: State, run: Run, key: jax.Array
 ) -> tuple[State, str]:
     """Trains to the last epoch or until interrupted; returns the state and what it cost."""
     triples = graph.reciprocal(graph.train[: args.train_triples])
@@ -191,19 +188,19 @@ def train(
     step = jax.jit(functools.partial(train_chunk, args, len(graph.entities)), donate_argnums=0)
     chunk = jax.ShapeDtypeStruct((*shape[1:], 3), jnp.int32)
     step = step.lower(state, chunk, key).compile()
-    compiled, batches, times = time.perf_counter(), None, []
+    compile_s, batches, times, peak = time.perf_counter() - start, None, [], 0
     with progress_bar() as bar, interruption() as is_interrupted:
         total = args.epochs * CHUNKS_PER_EPOCH
         task = bar.add_task("", total=total, completed=run.chunk, note="")
-        while run.chunk < total and not is_interrupted():
+        while run.chunk < total and not (times and is_interrupted()):
             epoch, part = divmod(run.chunk, CHUNKS_PER_EPOCH)
-            begin = time.perf_counter()
+            start = time.perf_counter()
             if batches is None or part == 0:
                 batches = model.shuffled_batches(triples, args.seed, epoch, shape)
             state, losses = step(state, batches[part], key)
             run.losses.append(float(np.mean(losses)))
-            times.append(time.perf_counter() - begin)
-            peak = peak_memory() if len(times) == 1 else peak  # before the first ranking
+            times.append(time.perf_counter() - start)
+            peak = peak or peak_memory()  # before the first ranking
             run.chunk += 1
             end_chunk(args, graph, state, run)
             mrr = f", MRR of 250 valid {run.mrr[-1][1]:.3f}" if run.mrr else ""
@@ -212,14 +209,13 @@ def train(
     ms = 1e3 * sum(times) / len(times) / shape[1] * args.micro_batches
     scratch = step.memory_analysis().temp_size_in_bytes
     return state, (
-        f"[bold]{ms:.2f} ms a step[/bold]: {sum(times):.1f} s of training, after "
-        f"{compiled - start:.1f} s of compilation\n"
-        f"[bold]{peak / 1e6:.0f} MB peak memory[/bold] of the process: {before / 1e6:.0f} MB before, "
-        f"{scratch / 1e6:.0f} MB scratch in the scan"
+        f"[bold]{ms:.2f} ms a step[/bold]: trained {sum(times):.1f} s, compiled {compile_s:.1f} s\n"
+        f"[bold]{peak / 1e6:.0f} MB peak memory[/bold]: {before / 1e6:.0f} MB before training, "
+        f"{scratch / 1e6:.0f} MB scratch of the scan"
     )
 
 
-def end_chunk(args: argparse.Namespace, graph: model.Graph, state: State, run: Run) -> None:
+def end_chunk(args: Args, graph: model.Graph, state: State, run: Run) -> None:
     """Looks at the loss; validates after each epoch, and saves after some."""
     if not np.isfinite(run.losses[-1]):
         raise UserError("the loss is no number any more: try a lower --learning-rate")
@@ -258,11 +254,11 @@ def interruption() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def settings(args: argparse.Namespace) -> dict[str, Any]:
+def settings(args: Args) -> dict[str, Any]:
     return {name: value for name, value in vars(args).items() if name not in NOT_IN_SETTINGS}
 
 
-def save(args: argparse.Namespace, state: State, run: Run) -> None:
+def save(args: Args, state: State, run: Run) -> None:
     """Writes the checkpoint: every leaf of the state, accumulators in mid-accumulation included."""
     about = json.dumps({"settings": settings(args), "run": dataclasses.asdict(run)})
     leaves = {f"leaf_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
@@ -271,11 +267,11 @@ def save(args: argparse.Namespace, state: State, run: Run) -> None:
     partial.replace(args.out / "checkpoint.npz")  # so that a checkpoint is always a whole one
 
 
-def load(args: argparse.Namespace, template: State) -> tuple[State, Run]:
+def load(args: Args, template: State) -> tuple[State, Run]:
     path = args.out / "checkpoint.npz"
     try:
-        with np.load(path) as file:
-            arrays = {name: file[name] for name in file.files}
+        with path.open("rb") as file, np.load(file) as archive:
+            arrays = dict(archive)
         about = json.loads(str(arrays.pop("about")))
         before, run = about["settings"], Run(**about["run"])
     except FileNotFoundError:
@@ -292,43 +288,38 @@ def load(args: argparse.Namespace, template: State) -> tuple[State, Run]:
     return jax.tree.unflatten(structure, [jnp.asarray(x) for x in found]), run
 
 
-def print_metrics(args: argparse.Namespace, graph: model.Graph, params: model.Tables) -> None:
+def print_metrics(args: Args, graph: model.Graph, params: model.Tables) -> None:
     triples = graph.test[: args.test_triples]
     start = time.perf_counter()
-    with console.status(
-        f"ranking {len(graph.entities):,} entities for {2 * len(triples):,} questions"
-    ):
+    with console.status(f"ranking all entities for {2 * len(triples):,} questions"):
         tails, heads = np.split(model.filtered_ranks(params, graph, triples), 2)
-    seconds = time.perf_counter() - start
-    pairs = {(h, t) for h, _, t in graph.train[: args.train_triples].tolist()}
-    is_linked = np.array([(t, h) in pairs or (h, t) in pairs for h, _, t in triples.tolist()])
+    seconds, is_linked = time.perf_counter() - start, graph.is_linked(triples)
     table = Table(title=f"Filtered ranks among {len(graph.entities):,} entities")
+    for name in ("test triples", "questions", "MRR", "Hits@1", "Hits@3", "Hits@10"):
+        table.add_column(name, justify="left" if name == "test triples" else "right")
     rows = {
         "all": np.concatenate([tails, heads]),
         "(head, relation, ?)": tails,
         "(?, relation, tail)": heads,
-        "pair unlinked in train": np.concatenate([tails[~is_linked], heads[~is_linked]]),
+        "pair not linked in train": np.concatenate([tails[~is_linked], heads[~is_linked]]),
     }
-    for name in ("test triples", "questions", "MRR", "Hits@1", "Hits@3", "Hits@10"):
-        table.add_column(name, justify="left" if name == "test triples" else "right")
     for name, ranks in rows.items():
         figures = model.ranking_metrics(ranks).values() if len(ranks) else []
         table.add_row(name, f"{len(ranks):,}", *(f"{x:.4f}" for x in figures))
     console.print(table)
     console.print(
-        f"Ties count against the model. As in WN18, {np.mean(is_linked):.1%} of these pairs are linked "
-        f"in train by another relation, mostly the inverse: what is tested is whether relations "
-        f"were learnt, not facts never heard of. Ranking took {seconds:.1f} s."
+        f"Ties count against the model. As in WN18, {np.mean(is_linked):.1%} of the pairs stand in "
+        "train with another relation, mostly the inverse: this tests whether the relations were "
+        f"learnt, not the guessing of new facts. Ranking took {seconds:.1f} s."
     )
 
 
 def print_nearest(graph: model.Graph, params: model.Tables, rows: list[int]) -> None:
     entities = np.asarray(params.entities)
-    linked = graph.train[np.isin(graph.train[:, 0], rows)].tolist()
-    relation = {(h, t): graph.relations[r] for h, r, t in linked}
+    relation = {(h, t): graph.relations[r] for h, r, t in graph.train.tolist()}
     for row in rows:
-        table = Table("synset", "cosine", "linked to it in WordNet by")
-        table.title = f"Nearest to {graph.entities[row]}"
+        title = f"Nearest to {graph.entities[row]}"
+        table = Table("synset", "cosine", "its relation in WordNet", title=title)
         for other, cosine in model.nearest(entities, row):
             table.add_row(graph.entities[other], f"{cosine:.3f}", relation.get((row, other), ""))
         console.print(table)
@@ -349,22 +340,19 @@ def plot(path: pathlib.Path, run: Run) -> None:
     plt.close(figure)
 
 
-def check_writable(args: argparse.Namespace) -> None:
+def check_writable(args: Args) -> None:
     """Now, not after a minute of training."""
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=args.out):
-            pass
-        if args.plot:
-            with tempfile.TemporaryFile(dir=args.plot.parent):
-                pass
-    except OSError as error:
-        raise UserError(f"cannot write the results: {error}") from error
     if args.plot and args.plot.suffix not in (".png", ".pdf", ".svg"):
         raise UserError(f"--plot must end in .png, .pdf or .svg, got {args.plot}")
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        for folder in (args.out, args.plot.parent if args.plot else args.out):
+            tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"cannot write there: {error}") from error
 
 
-def work(args: argparse.Namespace) -> int:
+def work(args: Args) -> int:
     check_writable(args)
     try:
         graph = model.load_graph(args.data)
