@@ -99,7 +99,7 @@ def load_graph(path: pathlib.Path = DATA) -> Graph:
     return Graph(**names, **{split: arrays[split] for split in SPLITS})
 
 
-def init_params(key: jax.Array, graph: Graph, dims: int, scale: float = 0.1) -> Tables:
+def init_params(key: jax.Array, graph: Graph, dims: int, scale: float = 0.05) -> Tables:
     """Random tables, float32 ``[V, 2 D]`` and ``[2 R, 2 D]``: real parts, then imaginary ones."""
     rows = Tables(len(graph.entities), 2 * len(graph.relations))
     keys = Tables(*jax.random.split(key))

@@ -73,7 +73,6 @@ class Run:
 
 def parse(argv: list[str] | None) -> tuple[Parser, Args]:
     parser = Parser(pathlib.Path(__file__).name, description=__doc__)
-    path = pathlib.Path
 
     def number(flag: str, default: float | None, text: str, low: float = 1) -> None:
         kind = at_least(low, float if isinstance(default, float) else int)
@@ -86,14 +85,15 @@ def parse(argv: list[str] | None) -> tuple[Parser, Args]:
     number("--negatives", 512, "random entities a micro-batch is told from")
     number("--dims", 50, "complex dimensions")
     number("--learning-rate", 0.1, "of Adagrad", low=0)
-    number("--n3", 0.003, "weight of the N3 regulariser", low=0)
+    number("--n3", 0.01, "weight of the N3 regulariser", low=0)
+    number("--init-scale", 0.05, "standard deviation of the tables at first", low=0)
     number("--seed", 0, "of tables, order and negatives", low=0)
     number("--save-every", 5, "epochs between checkpoints")
     number("--train-triples", None, "train on the first N only, for a quick look")
     number("--test-triples", None, "rank the first N only, for a quick look")
     add = parser.add_argument
     add("--near", nargs="+", default=[], metavar="SYNSET", help="print the nearest: dog.n.01 ...")
-    out = path("runs/wordnet")
+    path, out = pathlib.Path, pathlib.Path("runs/wordnet")
     text = f"for embeddings.npz and checkpoint.npz (default: {out})"
     add("--out", type=path, default=out, metavar="FOLDER", help=text)
     add("--plot", type=path, metavar="FILE", help="draw loss and MRR (.png, .pdf or .svg)")
@@ -111,15 +111,15 @@ def parse(argv: list[str] | None) -> tuple[Parser, Args]:
 def at_least(low: float, kind: type) -> Callable[[str], Any]:
     def number(text: str) -> Any:
         value = kind(text)
-        if not low <= value < (2**31 if kind is int else float("inf")):
-            raise argparse.ArgumentTypeError(f"must be at least {low} and no giant, got {text}")
+        if not low <= value < 2**31:
+            raise argparse.ArgumentTypeError(f"must be at least {low} and below 2**31, got {text}")
         return value
 
     return number
 
 
 def init_state(key: jax.Array, graph: model.Graph, args: Args) -> State:
-    params = model.init_params(key, graph, args.dims)
+    params = model.init_params(key, graph, args.dims, args.init_scale)
     if args.dense:
         return State(params, dense_optimizer(args).init(params), None, jnp.int32(0))
     # No step can touch more rows than this, so that nothing is ever refused.
@@ -254,13 +254,10 @@ def interruption() -> Iterator[Callable[[], bool]]:
         signal.signal(signal.SIGINT, before)
 
 
-def settings(args: Args) -> dict[str, Any]:
-    return {name: value for name, value in vars(args).items() if name not in NOT_IN_SETTINGS}
-
-
 def save(args: Args, state: State, run: Run) -> None:
     """Writes the checkpoint: every leaf of the state, accumulators in mid-accumulation included."""
-    about = json.dumps({"settings": settings(args), "run": dataclasses.asdict(run)})
+    settings = {name: v for name, v in vars(args).items() if name not in NOT_IN_SETTINGS}
+    about = json.dumps({"settings": settings, "run": dataclasses.asdict(run)})
     leaves = {f"leaf_{i}": np.asarray(leaf) for i, leaf in enumerate(jax.tree.leaves(state))}
     partial = args.out / "partial.npz"
     np.savez(partial, about=about, **leaves)
@@ -278,9 +275,9 @@ def load(args: Args, template: State) -> tuple[State, Run]:
         raise UserError(f"nothing to resume: there is no {path}") from None
     except (zipfile.BadZipFile, zlib.error, KeyError, TypeError, ValueError, EOFError) as error:
         raise UserError(f"{path} is damaged or no checkpoint ({error})") from error
-    for name, value in settings(args).items():
-        if before.get(name) != value:
-            raise UserError(f"{path} was made with {name} {before.get(name)}, not {value}")
+    for name, value in before.items():
+        if vars(args).get(name) != value:
+            raise UserError(f"{path} was made with {name} {value}, not {vars(args).get(name)}")
     leaves, structure = jax.tree.flatten(template)
     found = [arrays.get(f"leaf_{i}", np.empty(0)) for i in range(len(leaves))]
     if [(x.shape, x.dtype) for x in found] != [(x.shape, x.dtype) for x in leaves]:
@@ -323,6 +320,10 @@ def print_nearest(graph: model.Graph, params: model.Tables, rows: list[int]) -> 
         for other, cosine in model.nearest(entities, row):
             table.add_row(graph.entities[other], f"{cosine:.3f}", relation.get((row, other), ""))
         console.print(table)
+    if rows:
+        noise = np.random.default_rng(0).normal(size=(1, entities.shape[1])).astype(np.float32)
+        _, chance = model.nearest(np.concatenate([noise, entities]), 0, 1)[0]
+        console.print(f"By chance: a random row has a neighbour of cosine {chance:.2f}.")
 
 
 def plot(path: pathlib.Path, run: Run) -> None:
@@ -360,11 +361,8 @@ def work(args: Args) -> int:
     except (OSError, ValueError) as error:
         raise UserError(str(error)) from error
     init_key, key = jax.random.split(jax.random.key(args.seed))
-    init = functools.partial(init_state, graph=graph, args=args)
-    if args.resume:
-        state, run = load(args, jax.eval_shape(init, init_key))
-    else:
-        state, run = init(init_key), Run()
+    fresh = functools.partial(init_state, init_key, graph, args)
+    state, run = load(args, jax.eval_shape(fresh)) if args.resume else (fresh(), Run())
     console.print(
         f"{len(graph.entities):,} entities, {len(graph.relations)} relations, "
         f"{len(graph.train):,} triples; jax {jax.__version__}, {jax.devices()[0].device_kind}; "
