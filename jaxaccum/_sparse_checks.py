@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from jaxaccum import _sparse_keys as keys
 from jaxaccum import _sparse_places as places
+from jaxaccum._slices import check_host_indices
 
 
 def operand(name: str, mat: object, *, numeric: bool) -> None:
@@ -22,14 +23,12 @@ def operand(name: str, mat: object, *, numeric: bool) -> None:
     if not isinstance(mat, sparse.BCOO):
         raise TypeError(f"{name} must be a BCOO array, got {type(mat).__name__}")
     rows, data = jnp.shape(mat.indices), jnp.shape(mat.data)
-    if len(rows) != 2 or len(data) != 1 or rows[1] != mat.ndim:
+    if len(data) != 1 or rows != (*data, mat.ndim):
         raise ValueError(
             f"{name} must have n_batch=0, n_dense=0 and n_sparse={mat.ndim}: data [nse] and "
             f"indices [nse, {mat.ndim}] for its shape {mat.shape}, got data of shape {data} "
             f"and indices of shape {rows}"
         )
-    if rows[0] != data[0]:
-        raise ValueError(f"{name} must have as many values as indices, got {data[0]} and {rows[0]}")
     if numeric and mat.data.dtype == bool:
         raise TypeError(f"{name} must have a numeric dtype, got bool")
 
@@ -144,8 +143,8 @@ def window(
     shape: tuple[int, ...], start: Any, size: Any, dtype: np.dtype[Any]
 ) -> tuple[tuple[int, ...], places.Window]:
     """Returns the shape of a slice and the rows it keeps, by TensorFlow's bounds."""
-    sizes = _sizes(size, len(shape))
     origin = _start(start, len(shape))
+    sizes = _sizes(size, len(shape))
     if isinstance(origin, jax.core.Tracer):
         return _traced_window(shape, origin, sizes, dtype)
     out, rows = [], []
@@ -157,8 +156,8 @@ def window(
         low = max(first, 0)
         reach = max(0, min(first + extent, dim) - low)
         rows.append((low, reach, first) if reach else (0, 0, 0))
-    columns = np.array(rows, np.int64).reshape(-1, 3).T
-    if columns.size and max(out) > np.iinfo(dtype).max:
+    columns = [*np.array(rows, np.int64).reshape(-1, 3).T, np.array(out, object)]
+    if out and max(out) > np.iinfo(dtype).max:
         raise ValueError(
             f"start {tuple(origin.tolist())} and size {sizes} give the shape {tuple(out)}, "
             f"which {dtype} indices cannot address"
@@ -187,7 +186,7 @@ def _traced_window(
     reach = extents + jnp.minimum(first, 0)
     low = jnp.maximum(first, 0)
     # `low + reach` may pass the end, where only padding could be met.
-    return out, places.Window(low, jnp.minimum(reach, dims - low), first)
+    return out, places.Window(low, jnp.minimum(reach, dims - low), first, extents)
 
 
 def _negative(sizes: tuple[int, ...], axis: int) -> ValueError:
@@ -224,23 +223,14 @@ def _start(start: Any, rank: int) -> Any:
     return start if isinstance(start, jax.core.Tracer) else np.asarray(start)
 
 
-def add_grad(grad: Any, a: Any, b: Any, total: Any) -> tuple[jax.Array, ...]:
-    """Returns the arguments of ``sparse_add_grad`` as arrays that fit together."""
-    named = {"a_indices": a, "b_indices": b, "sum_indices": total}
-    grad, rows = _grad_and_rows(grad, named, "sum_indices")
-    return grad, *rows
-
-
-def slice_grad(grad: Any, rows: Any, start: Any, out: Any) -> tuple[jax.Array, ...]:
-    """Returns the arguments of ``sparse_slice_grad`` as arrays that fit together."""
-    named = {"input_indices": rows, "output_indices": out}
-    grad, (rows, out) = _grad_and_rows(grad, named, "output_indices")
+def shifted(rows: jax.Array, start: Any, out: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the rows of a slice's output, and those of its input as the output counts them."""
     if len(out) > len(rows):
         raise ValueError(
             "output_indices must not have more rows than input_indices, "
             f"got {len(out)} and {len(rows)}"
         )
-    start = jnp.asarray(start) if np.size(start) else jnp.asarray(start, jnp.int32)
+    start = _integers("input_start", start)
     if start.ndim != 1:
         raise ValueError(f"input_start must be a vector, got shape {start.shape}")
     if start.shape[0] != rows.shape[1]:
@@ -248,10 +238,8 @@ def slice_grad(grad: Any, rows: Any, start: Any, out: Any) -> tuple[jax.Array, .
             f"input_start must have {rows.shape[1]} entries, one a column of input_indices, "
             f"got {start.shape[0]}"
         )
-    rows, start, out = _integers(
-        {"input_indices": rows, "input_start": start, "output_indices": out}
-    )
-    return grad, rows, start, out
+    rows, start, out = same_dtype(rows, start, out)
+    return out, rows - start[None]
 
 
 def all_propagated(num_used: jax.Array, num_given: int) -> None:
@@ -263,10 +251,9 @@ def all_propagated(num_used: jax.Array, num_given: int) -> None:
         raise ValueError(text + f"{int(num_used)}")
 
 
-def _grad_and_rows(
-    grad: Any, named: dict[str, Any], matched: str
-) -> tuple[jax.Array, list[jax.Array]]:
-    rows = {name: jnp.asarray(value) for name, value in named.items()}
+def grad_and_rows(grad: Any, named: dict[str, Any]) -> tuple[jax.Array, list[jax.Array]]:
+    """Returns a gradient and index matrices that fit together, the last of them row by row."""
+    rows = {name: _integers(name, value) for name, value in named.items()}
     shapes = {name: array.shape for name, array in rows.items()}
     if any(len(shape) != 2 for shape in shapes.values()):
         raise ValueError(f"indices must be matrices [nnz, ndims], got shapes {shapes}")
@@ -277,17 +264,31 @@ def _grad_and_rows(
         raise TypeError(f"backprop_val_grad must have a numeric dtype, got {grad.dtype}")
     if len({shape[1] for shape in shapes.values()}) != 1:
         raise ValueError(f"indices must have the same number of columns, got shapes {shapes}")
-    if shapes[matched][0] != grad.shape[0]:
+    name, (num_rows, _) = list(shapes.items())[-1]
+    if num_rows != grad.shape[0]:
         raise ValueError(
-            f"backprop_val_grad must have one element a row of {matched}, "
-            f"got {grad.shape[0]} and {shapes[matched][0]}"
+            f"backprop_val_grad must have one element a row of {name}, "
+            f"got {grad.shape[0]} and {num_rows}"
         )
-    return grad, _integers(rows)
+    return grad, list(same_dtype(*rows.values()))
 
 
-def _integers(arrays: dict[str, jax.Array]) -> list[jax.Array]:
-    for name, array in arrays.items():
-        if array.size and not jnp.issubdtype(array.dtype, jnp.integer):
-            raise TypeError(f"{name} must hold integers, got {array.dtype}")
-    dtype = keys.common_dtype(*(a for a in arrays.values() if a.size))
-    return [array.astype(dtype) for array in arrays.values()]
+def _integers(name: str, value: Any) -> jax.Array:
+    if isinstance(value, jax.Array):
+        array = value
+    else:
+        host = np.asarray(value)
+        if not host.size:  # an empty list has no dtype of its own
+            host = host.astype(np.int32)
+        if jax.dtypes.canonicalize_dtype(np.int64) != np.int64:
+            check_host_indices(host)  # JAX would truncate them
+        array = jnp.asarray(host)
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"{name} must hold integers, got {array.dtype}")
+    return array
+
+
+def same_dtype(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns index arrays in the dtype that holds all of them."""
+    dtype = keys.common_dtype(*arrays)
+    return tuple(array.astype(dtype) for array in arrays)

@@ -136,6 +136,13 @@ def take(vector: jax.Array, positions: jax.Array) -> jax.Array:
     return vector.at[positions].get(mode="promise_in_bounds")
 
 
+def take_or_zero(array: jax.Array, positions: jax.Array) -> jax.Array:
+    """Returns ``array[positions]``, zeros for positions past the end."""
+    if array.shape[0] == 0:  # XLA gathers nothing from nothing
+        return jnp.zeros((*positions.shape, *array.shape[1:]), array.dtype)
+    return array.at[positions].get(mode="fill", fill_value=0)
+
+
 def starts_group(words: Words) -> jax.Array:
     """Which rows of sorted ``words`` differ from the row before them."""
     differs = ~equal(tuple(w[1:] for w in words), tuple(w[:-1] for w in words))

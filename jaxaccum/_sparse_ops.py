@@ -148,9 +148,10 @@ def sparse_add_grad(
       >>> a_grad.tolist(), b_grad.tolist()
       ([1.0, 3.0], [3.0, 2.0, 0.0])
     """
-    arrays = checks.add_grad(backprop_val_grad, a_indices, b_indices, sum_indices)
-    a_val_grad, b_val_grad = _gather_add(*arrays)
-    return a_val_grad, b_val_grad
+    named = {"a_indices": a_indices, "b_indices": b_indices, "sum_indices": sum_indices}
+    grad, (a_rows, b_rows, sum_rows) = checks.grad_and_rows(backprop_val_grad, named)
+    a_found, b_found = _match(sum_rows, a_rows, b_rows)
+    return _pull(grad, a_found), _pull(grad, b_found)
 
 
 def sparse_slice(
@@ -197,9 +198,9 @@ def sparse_slice(
       Array([[1., 2.],
              [0., 4.]], dtype=float32)
     """
-    spec, args = _slice_call(x, start, size, nse)
+    shape, spec, args = _slice_call(x, start, size, nse)
     data, indices = _slice(spec, *args)
-    return _result(data, indices, spec.out.dims)
+    return _result(data, indices, shape)
 
 
 def sparse_slice_jvp(
@@ -235,11 +236,11 @@ def sparse_slice_jvp(
       >>> part.data.tolist(), dot.tolist()
       ([2.0, 3.0, 0.0], [20.0, 30.0, 0.0])
     """
-    spec, args = _slice_call(x, start, size, nse)
+    shape, spec, args = _slice_call(x, start, size, nse)
     x_dot = checks.tangent("x_dot", x_dot, args[0])
     placed = _place_slice(spec, *jax.lax.stop_gradient(args))
     data = _spread(spec.nse, placed, args[:1])
-    return _result(data, placed.indices, spec.out.dims), _spread(spec.nse, placed, (x_dot,))
+    return _result(data, placed.indices, shape), _spread(spec.nse, placed, (x_dot,))
 
 
 def sparse_slice_grad(
@@ -276,34 +277,29 @@ def sparse_slice_grad(
       ...     jnp.array([1.0, 2.0]), [[0], [4], [6]], [3], [[1], [3]]).tolist()
       [0.0, 1.0, 2.0]
     """
-    grad, rows, start, out = checks.slice_grad(
-        backprop_val_grad, input_indices, input_start, output_indices
-    )
-    val_grad, num_used = _gather_slice(grad, rows, start, out)
-    checks.all_propagated(num_used, len(grad))
+    named = {"input_indices": input_indices, "output_indices": output_indices}
+    grad, (rows, out) = checks.grad_and_rows(backprop_val_grad, named)
+    (found,) = _match(*checks.shifted(rows, input_start, out))
+    checks.all_propagated(_count_used(found, grad), len(grad))
+    val_grad: jax.Array = _pull(grad, found)
     return val_grad
 
 
-@jax.jit
-def _gather_add(
-    grad: jax.Array, a_rows: jax.Array, b_rows: jax.Array, sum_rows: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    a_found, b_found = keys.match_rows(sum_rows, a_rows, b_rows)
-    return _pull(grad, a_found), _pull(grad, b_found)
+# Compiled apart from the gathers, so that a new dtype of the gradient compiles no new search.
+_match = jax.jit(keys.match_rows)
 
 
 @jax.jit
-def _gather_slice(
-    grad: jax.Array, rows: jax.Array, start: jax.Array, out: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    (found,) = keys.match_rows(out, rows - start[None])
-    used = jnp.zeros(len(grad), bool).at[found].set(True, mode="drop")
-    return _pull(grad, found), jnp.sum(used, dtype=jnp.int32)
-
-
 def _pull(grad: jax.Array, place: jax.Array) -> jax.Array:
     """The transposed map: every entry fetches the gradient of its place, zero where it has none."""
-    return grad.at[place].get(mode="fill", fill_value=0)
+    # A pullback may be handed a NumPy array.
+    return keys.take_or_zero(jnp.asarray(grad), place)
+
+
+@jax.jit
+def _count_used(found: jax.Array, grad: jax.Array) -> jax.Array:
+    used = jnp.zeros(grad.shape, bool).at[found].set(True, mode="drop")
+    return jnp.sum(used, dtype=jnp.int32)
 
 
 def _spread(nse: int, placed: places.Placed, values: tuple[jax.Array, ...]) -> jax.Array:
@@ -369,13 +365,14 @@ _add.defvjp(_add_fwd, _add_bwd)
 
 def _slice_call(
     x: sparse.BCOO, start: Any, size: Any, nse: int | None
-) -> tuple[places.SliceSpec, tuple[jax.Array, jax.Array, places.Window]]:
+) -> tuple[tuple[int, ...], places.SliceSpec, tuple[jax.Array, jax.Array, places.Window]]:
     checks.operand("x", x, numeric=False)
     layout = checks.layout(x.shape, x.indices)
     shape, window = checks.window(x.shape, start, size, layout.dtype)
-    out = checks.layout(shape, x.indices)
-    spec = places.SliceSpec(layout, out, checks.flags(x), checks.room(nse, x.nse))
-    return spec, (jnp.asarray(x.data), x.indices.astype(layout.dtype), window)
+    flags = checks.flags(x)
+    layouts = None if all(flags) else (layout, checks.layout(shape, x.indices))
+    spec = places.SliceSpec(layouts, flags, checks.room(nse, x.nse))
+    return shape, spec, (jnp.asarray(x.data), x.indices.astype(layout.dtype), window)
 
 
 def _place_slice(spec: places.SliceSpec, *args: Any) -> places.Placed:

@@ -34,10 +34,13 @@ class AddSpec(NamedTuple):
 
 
 class SliceSpec(NamedTuple):
-    """The static part of a slice."""
+    """The static part of a slice.
 
-    layout: keys.KeyLayout
-    out: keys.KeyLayout
+    Sorted, unique rows are cut without folding any, and ``layouts``, that of the operand and that
+    of the result, is None: so one program serves slices of all shapes.
+    """
+
+    layouts: tuple[keys.KeyLayout, keys.KeyLayout] | None
     flags: Flags
     nse: int
 
@@ -53,11 +56,15 @@ class Limit(NamedTuple):
 
 
 class Window(NamedTuple):
-    """The rows a slice keeps: ``low <= row < low + reach``, moved by ``-shift``; each ``[d]``."""
+    """The rows a slice keeps, ``low <= row < low + reach``, moved by ``-shift``; each ``[d]``.
+
+    ``past_end`` is the shape of the result, which is its padding row.
+    """
 
     low: jax.Array
     reach: jax.Array
     shift: jax.Array
+    past_end: jax.Array
 
 
 class Placed(NamedTuple):
@@ -92,7 +99,7 @@ def place_add(
     b = _operand(spec.layout, spec.b, b_data, b_indices)
     a_in_b, a_matched = _search(spec.layout, b, a)
     b_in_a, b_matched = _search(spec.layout, a, b)
-    total = jnp.where(a_matched, a.values + _take_or_zero(b.values, a_in_b), a.values)
+    total = jnp.where(a_matched, a.values + keys.take_or_zero(b.values, a_in_b), a.values)
     keep_a = a.live if limit is None else a.live & ~(a_matched & ~_reaches(total, limit))
     keep_b = b.live & ~b_matched
     before_a, before_b = keys.count_before(keep_a), keys.count_before(keep_b)
@@ -108,7 +115,7 @@ def place_add(
         for pad, wa, wb in zip(spec.layout.padding, a.words, b.words, strict=True)
     ]  # fmt: skip
     # An entry of b that a has too lies where a's does, or nowhere if their sum was dropped.
-    goes_b = jnp.where(b_matched, _take_or_zero(place_a, b_in_a), place_b)
+    goes_b = jnp.where(b_matched, keys.take_or_zero(place_a, b_in_a), place_b)
     places = _from_slots(place_a, a.slot), _from_slots(goes_b, b.slot)
     indices = spec.layout.unfold(tuple(words))
     num_entries = before_a[-1] + before_b[-1]
@@ -179,38 +186,39 @@ def magnitude_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
 @functools.partial(jax.jit, static_argnums=0)
 def place_slice(spec: SliceSpec, data: jax.Array, indices: jax.Array, window: Window) -> Placed:
     """Moves the rows inside the window up to the front of the result."""
-    low, reach, shift = (w[None] for w in window)
+    low, reach, shift, past_end = (w[None] for w in window)
     inside = jnp.all((indices >= low) & (indices - low < reach), axis=1)
-    past_end = jnp.asarray(spec.out.dims, indices.dtype)[None]
     nowhere = max(spec.nse, len(data))
 
     def in_line(starts: jax.Array) -> tuple[jax.Array, jax.Array]:
         before = keys.count_before(starts)
         return jnp.where(inside, before[1:] - 1, nowhere), before[-1]
 
-    def rank() -> tuple[jax.Array, jax.Array]:
-        words, _ = spec.out.fold(jnp.where(inside[:, None], indices - shift, past_end))
-        ranked, slot = keys.sort_rows(words, spec.out.padding[0])
-        before = keys.count_before(keys.starts_group(ranked) & ~spec.out.is_padding(ranked))
+    def rank(out: keys.KeyLayout) -> tuple[jax.Array, jax.Array]:
+        words, _ = out.fold(jnp.where(inside[:, None], indices - shift, past_end))
+        ranked, slot = keys.sort_rows(words, out.padding[0])
+        before = keys.count_before(keys.starts_group(ranked) & ~out.is_padding(ranked))
         return jnp.where(inside, keys.take(before, slot), nowhere), before[-1]
 
-    if spec.flags.is_sorted and spec.flags.is_unique:
+    if spec.layouts is None:
         place, num_entries = in_line(inside)
     else:
-        whole, _ = spec.layout.fold(indices)
+        layout, out = spec.layouts
+        whole, _ = layout.fold(indices)
         starts = inside & keys.starts_group(whole)
         if spec.flags.is_sorted:
             place, num_entries = in_line(starts)
         else:
-            place, num_entries = lax.cond(keys.ascends(whole), lambda: in_line(starts), rank)
+            is_sorted = keys.ascends(whole)
+            place, num_entries = lax.cond(is_sorted, lambda: in_line(starts), lambda: rank(out))
     # What came to a place is scattered once and everything else gathered: XLA's gathers on the CPU
     # are cheaper than its scatters, dropped elements included.
     source = jnp.full(spec.nse, len(data), jnp.int32)
     source = source.at[place].set(jnp.arange(len(data), dtype=jnp.int32), mode="drop")
-    rows = indices.at[source].get(mode="fill", fill_value=0) - shift
+    rows = keys.take_or_zero(indices, source) - shift
     rows = jnp.where((source < len(data))[:, None], rows, past_end)
     if spec.flags.is_unique:
-        return Placed(_take_or_zero(data, source), rows, num_entries, (place,))
+        return Placed(keys.take_or_zero(data, source), rows, num_entries, (place,))
     is_real = jnp.arange(spec.nse, dtype=jnp.int32) < num_entries
     summed = sum_at(place, data, spec.nse)
     return Placed(jnp.where(is_real, summed, jnp.zeros_like(summed)), rows, num_entries, (place,))
@@ -222,11 +230,6 @@ def sum_at(places: jax.Array, values: jax.Array, size: int) -> jax.Array:
         return sum_at(places, values.astype(jnp.int32), size) > 0
     # Negative zero is the neutral element: sums that start from it keep the sign of a lone -0.
     return (-jnp.zeros(size, values.dtype)).at[places].add(values, mode="drop")
-
-
-def _take_or_zero(vector: jax.Array, positions: jax.Array) -> jax.Array:
-    """Returns ``vector[positions]``, for positions up to its length and for empty vectors."""
-    return vector.at[positions].get(mode="fill", fill_value=0)
 
 
 def _from_slots(places: jax.Array, slot: jax.Array | None) -> jax.Array:
