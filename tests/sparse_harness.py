@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import sparse
 
+import jaxaccum
+
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 X64 = jax.dtypes.canonicalize_dtype(np.int64) == np.int64
 
@@ -165,6 +167,12 @@ def random_bcoo(rng, shape, nse, dtype, kind):
     )
 
 
+def random_pair(*kinds, dtype="float32"):
+    """Two operands of shape (3, 4) that share entries."""
+    rng = np.random.default_rng(3)
+    return [random_bcoo(rng, (3, 4), n, dtype, k) for n, k in zip((7, 6), kinds, strict=True)]
+
+
 def dense_of(data, like):
     """The dense array as a differentiable function of the values, by plain indexing."""
     rows, shape = np.asarray(like.indices), like.shape
@@ -172,3 +180,44 @@ def dense_of(data, like):
     flat = np.ravel_multi_index(tuple(np.where(inside[:, None], rows, 0).T), shape)
     dense = jnp.zeros(math.prod(shape), data.dtype)
     return dense.at[flat].add(jnp.where(inside, data, 0)).reshape(shape)
+
+
+def with_data(mat, data):
+    return sparse.BCOO(
+        (data, mat.indices),
+        shape=mat.shape,
+        indices_sorted=mat.indices_sorted,
+        unique_indices=mat.unique_indices,
+    )
+
+
+@jax.jit
+def add_and_pull(a, b, thresh, cotangent):
+    def values(x, y):
+        a_like, b_like = (with_data(m, v) for m, v in ((a, x), (b, y)))
+        total = jaxaccum.sparse_add(a_like, b_like, thresh)
+        return total.data, total
+
+    _, pull, total = jax.vjp(values, a.data, b.data, has_aux=True)
+    return total, pull(cotangent)
+
+
+def slice_values(x, start, size, data):
+    return jaxaccum.sparse_slice(with_data(x, data), start, size).data
+
+
+def assert_entries(mat, want):
+    got = stored(mat)
+    if not mat.ndim:  # nothing tells padding from entries, whose sum comes first
+        assert not np.asarray(mat.data)[1:].any()
+        got = {row: np.asarray(mat.data)[0] for row in want}
+    assert {row: value.item() for row, value in got.items()} == {
+        row: value.item() for row, value in want.items()
+    }
+
+
+FLAGGED = (True, True)
+
+
+def vector(rows, values, size=6, flags=FLAGGED):
+    return bcoo(np.array(rows)[:, None], np.array(values, np.float32), (size,), flags)
