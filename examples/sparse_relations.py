@@ -1,8 +1,9 @@
 """Which links of WordNet carry a concept to another, by the gradient of sparse matrices.
 
 Two relations between 117,659 concepts, "is a" and "is part of", are sparse matrices. A jitted
-function adds them (``sparse_add``, each with its own weight), cuts out the block of the first 40,000
-concepts (``sparse_slice``), lets activation spread from one concept and reads it off at another.
+function adds them (``sparse_add``, each with its own weight), cuts out the block of the first
+40,000 concepts (``sparse_slice``), lets activation spread from one of them and reads it off at
+another.
 Its gradient has an entry for every stored link, so the largest ones are the links that matter:
 no dense matrix of 117,659 x 117,659 ever exists.
 
