@@ -2,6 +2,14 @@
 
 from jaxaccum._accumulator import apply, grow, merge, num_accumulated, set_step, take
 from jaxaccum._slices import IndexedSlices
+from jaxaccum._sparse_ops import (
+    sparse_add,
+    sparse_add_grad,
+    sparse_add_jvp,
+    sparse_slice,
+    sparse_slice_grad,
+    sparse_slice_jvp,
+)
 from jaxaccum._state import AccumulatorState, Verdict, init
 
 __all__ = [
@@ -14,5 +22,11 @@ __all__ = [
     "merge",
     "num_accumulated",
     "set_step",
+    "sparse_add",
+    "sparse_add_grad",
+    "sparse_add_jvp",
+    "sparse_slice",
+    "sparse_slice_grad",
+    "sparse_slice_jvp",
     "take",
 ]
