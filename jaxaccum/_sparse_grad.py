@@ -14,8 +14,8 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxaccum._slices import IndexedSlices
-from jaxaccum._sparse_terms import SparseSum, Term, joined
-from jaxaccum._sparse_walk import Dense, evaluate, whole
+from jaxaccum._sparse_terms import Dense, SparseSum, Table, Term, joined, whole
+from jaxaccum._sparse_walk import evaluate
 from jaxaccum._tables import select_tables
 
 # Lookups of single entries of rows become whole rows below this many entries, whatever they cost.
@@ -82,7 +82,8 @@ def value_and_sparse_grad(
       Array([3., 3.], dtype=float32)
     """
     single = not isinstance(argnums, Sequence)
-    positions = [operator.index(n) for n in ([argnums] if single else argnums)]
+    numbers: Any = [argnums] if single else argnums
+    positions = [operator.index(n) for n in numbers]
 
     @functools.wraps(fun)
     def value_and_grads(*args: Any, **kwargs: Any) -> Any:
@@ -99,9 +100,13 @@ def value_and_sparse_grad(
             return jax.value_and_grad(fun, argnums, has_aux)(*full, **kwargs)
 
         jaxpr, shapes = jax.make_jaxpr(dense, return_shape=True)(target)
-        leaves = jax.tree.leaves(target)
+        chosen, leaves = jax.tree.leaves(selected), jax.tree.leaves(target)
+        inputs = [
+            Table(leaf, leaf.dtype) if choice else leaf
+            for leaf, choice in zip(leaves, chosen, strict=True)
+        ]
         others = [False] * (len(jaxpr.out_avals) - len(leaves))
-        results = evaluate(jaxpr, leaves, [*others, *jax.tree.leaves(selected)])
+        results = evaluate(jaxpr, inputs, [*others, *chosen])
         outcome, grads = jax.tree.unflatten(jax.tree.structure(shapes), results)
         finish = functools.partial(_finish, jaxpr, allow_dense)
         return outcome, jax.tree_util.tree_map_with_path(finish, target, grads)
@@ -144,7 +149,7 @@ def _finish(jaxpr: Any, allow_dense: bool, path: Any, leaf: Any, grad: Any) -> A
             "up rows alone (table[ids]), leave the leaf out of tables, or pass allow_dense=True to "
             "get such gradients as dense arrays"
         )
-    return grad.value if isinstance(grad, Dense) else whole(grad, leaf, reason)
+    return grad.value if isinstance(grad, Dense) else whole(grad, leaf)
 
 
 def _holds_empty_arrays(jaxpr: Any) -> bool:
@@ -156,7 +161,7 @@ def _holds_empty_arrays(jaxpr: Any) -> bool:
     )
 
 
-def _unfit(grad: SparseSum, shape: tuple[int, ...]) -> str:
+def _unfit(grad: Any, shape: tuple[int, ...]) -> str:
     """Why the terms of ``grad`` make no rows, if they do not."""
     for term in grad.terms:
         if 0 not in term.axes:
@@ -167,7 +172,7 @@ def _unfit(grad: SparseSum, shape: tuple[int, ...]) -> str:
     return ""
 
 
-def _slices(grad: SparseSum, leaf: Any) -> IndexedSlices:
+def _slices(grad: Any, leaf: Any) -> IndexedSlices:
     shape, dtype = leaf.shape, leaf.dtype
     filler = Term((jnp.zeros(0, jnp.int32),), jnp.zeros((0, *shape[1:]), dtype), (0,), shape)
     rows = [_whole_rows(term) for term in grad.terms] or [filler]
