@@ -159,9 +159,9 @@ def _fit(value: Any, slots: dict[Any, int], dtype: Any) -> SparseSum:
         terms = kinds.get((axes, shape), [])
         free = count - sum(len(term.values) for term in terms)
         coords = tuple(jnp.full(free, shape[axis], jnp.int32) for axis in axes)
-        whole = [size for axis, size in enumerate(shape) if axis not in axes]
-        filler = Term(coords, jnp.zeros((free, *whole), dtype), axes, shape)
-        fitted.append(joined([*terms, filler]))
+        sizes = [size for axis, size in enumerate(shape) if axis not in axes]
+        filler = Term(coords, jnp.zeros((free, *sizes), dtype), axes, shape)
+        fitted.append(joined([filler, *terms]))
     return SparseSum(tuple(fitted))
 
 

@@ -164,11 +164,12 @@ def _holds_empty_arrays(jaxpr: Any) -> bool:
 def _unfit(grad: Any, shape: tuple[int, ...]) -> str:
     """Why the terms of ``grad`` make no rows, if they do not."""
     for term in grad.terms:
+        origin = term.origin or "a branch"
         if 0 not in term.axes:
-            return "its lookups run along another axis than the first"
+            return f"{origin} looks up slices along another axis than the first"
         size = len(term.values) * math.prod(shape[1:])
         if len(term.axes) > 1 and size > max(_SMALL, math.prod(shape)):
-            return f"whole rows around the single entries it looks up would take {size} numbers"
+            return f"{origin} looks up single entries, whose whole rows take {size} numbers"
     return ""
 
 

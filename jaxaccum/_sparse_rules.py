@@ -36,13 +36,18 @@ def is_var(atom: Any) -> bool:
     return not isinstance(atom, core.Literal)
 
 
-def blame(eqn: Any) -> str:
-    """Names the line of the user's source that an equation comes from."""
+def place(eqn: Any) -> str:
+    """The line of the user's source that an equation comes from."""
     own = str(pathlib.Path(__file__).parent)
     frames = source_info_util.summarize(eqn.source_info, num_frames=50).splitlines()[::-1]
     users = [f for f in frames if "site-packages" not in f and not f.startswith(own)]
-    place = (users or frames or ["an unknown line"])[0]
-    return f"{place} does more than look up rows of it (`{eqn.primitive.name}` going backward)"
+    return (users or frames or ["an unknown line"])[0]
+
+
+def blame(eqn: Any) -> str:
+    """Says that an equation makes a gradient dense."""
+    name = eqn.primitive.name
+    return f"{place(eqn)} does more than look up rows of it (`{name}` going backward)"
 
 
 def is_zero(atom: Any) -> bool:
@@ -141,7 +146,7 @@ def _scatter_add(eqn: Any, operands: Sequence[Any]) -> list[SparseSum]:
     full = [1 if axis in narrow else next(sizes) for axis in range(len(shape))]
     window = window.reshape(math.prod(batch), *full)
     term = windows(start, window, shape, clip=mode == known.CLIP)
-    return [SparseSum((*base.terms, term))]
+    return [SparseSum((*base.terms, dataclasses.replace(term, origin=place(eqn))))]
 
 
 def _dynamic_update_slice(eqn: Any, operands: Sequence[Any]) -> list[SparseSum]:
@@ -149,7 +154,8 @@ def _dynamic_update_slice(eqn: Any, operands: Sequence[Any]) -> list[SparseSum]:
     if not isinstance(base, SparseSum) or base.terms:
         raise NotSparseError  # what is overwritten would have to be searched for
     starts = {axis: jnp.asarray(first)[None] for axis, first in enumerate(start)}
-    return [SparseSum((windows(starts, update[None], eqn.outvars[0].aval.shape, clip=True),))]
+    term = windows(starts, update[None], eqn.outvars[0].aval.shape, clip=True)
+    return [SparseSum((dataclasses.replace(term, origin=place(eqn)),))]
 
 
 def _pad(eqn: Any, operands: Sequence[Any]) -> list[SparseSum]:
@@ -160,7 +166,7 @@ def _pad(eqn: Any, operands: Sequence[Any]) -> list[SparseSum]:
         if operand.shape[0] == shape[0]:
             raise NotSparseError
         rows = jnp.arange(operand.shape[0], dtype=jnp.int32)
-        operand = SparseSum((Term((rows,), operand, (0,), operand.shape),))
+        operand = SparseSum((Term((rows,), operand, (0,), operand.shape, place(eqn)),))
     config = eqn.params["padding_config"]
     return [SparseSum(tuple(_padded(term, config, shape) for term in _terms(operand)))]
 
@@ -170,13 +176,15 @@ def _padded(term: Term, config: Sequence[Any], shape: tuple[int, ...]) -> Term:
     moved = []
     for axis, coord in zip(term.axes, term.coords, strict=True):
         low, _, interior = (int(c) for c in config[axis])
-        place = low + coord * (1 + interior)
-        valid &= (coord < term.shape[axis]) & (place >= 0) & (place < shape[axis])
-        moved.append(place)
+        at = low + coord * (1 + interior)
+        valid &= (coord < term.shape[axis]) & (at >= 0) & (at < shape[axis])
+        moved.append(at)
     widths = [(0, 0, 0)] + [config[axis] for axis in term.whole_axes]
     zero = jnp.zeros((), term.values.dtype)
     values = lax.pad(term.values, zero, [(int(a), int(b), int(c)) for a, b, c in widths])
-    return Term(_mask(moved, [shape[a] for a in term.axes], valid), values, term.axes, shape)
+    return Term(
+        _mask(moved, [shape[a] for a in term.axes], valid), values, term.axes, shape, term.origin
+    )
 
 
 def _shifted(operand: Any, axis: int, low: int, shape: tuple[int, ...]) -> SparseSum:
@@ -244,7 +252,7 @@ def _broadcast_in_dim(eqn: Any, operands: Sequence[Any]) -> list[SparseSum]:
         at = (0, *(1 + whole.index(to[a]) for a in term.whole_axes))
         sizes = (term.values.shape[0], *(shape[a] for a in whole))
         values = lax.broadcast_in_dim(term.values, sizes, at)
-        terms.append(Term(term.coords, values, axes, shape))
+        terms.append(Term(term.coords, values, axes, shape, term.origin))
     return [SparseSum(tuple(terms))]
 
 
@@ -259,7 +267,8 @@ def _reshape(eqn: Any, term: Term) -> Term:
     if 0 in shape:
         raise NotSparseError
     whole = [size for b, size in enumerate(shape) if b not in axes]
-    return Term(term.coords, term.values.reshape(term.values.shape[0], *whole), axes, shape)
+    values = term.values.reshape(term.values.shape[0], *whole)
+    return Term(term.coords, values, axes, shape, term.origin)
 
 
 def _transpose(eqn: Any, term: Term) -> Term:
@@ -267,7 +276,8 @@ def _transpose(eqn: Any, term: Term) -> Term:
     axes = tuple(b for b, a in enumerate(order) if a in term.axes)
     coords = tuple(term.coords[term.axes.index(order[b])] for b in axes)
     whole = (1 + term.whole_axes.index(a) for a in order if a not in term.axes)
-    return Term(coords, lax.transpose(term.values, (0, *whole)), axes, shape)
+    values = lax.transpose(term.values, (0, *whole))
+    return Term(coords, values, axes, shape, term.origin)
 
 
 def _reduce_sum(eqn: Any, term: Term) -> Term:
@@ -279,7 +289,7 @@ def _reduce_sum(eqn: Any, term: Term) -> Term:
     pairs = zip(term.coords, term.axes, strict=True)
     coords = tuple(coord for coord, axis in pairs if axis not in gone)
     values = jnp.sum(term.values, [1 + i for i, a in enumerate(term.whole_axes) if a in gone])
-    return Term(coords, values, axes, eqn.outvars[0].aval.shape)
+    return Term(coords, values, axes, eqn.outvars[0].aval.shape, term.origin)
 
 
 def _all_gather(eqn: Any, term: Term) -> Term:
@@ -341,9 +351,10 @@ RULES: dict[str, Rule] = {
     "copy": _identity,
     "copy_p": _identity,
     "sharding_constraint": _identity,
+    "optimization_barrier": _identity,
     "pvary": _identity,
     "psum_invariant": _term_wise(_all_gather),
 }
 
-# The operands in which an equation is linear, for those that are so in others than the first.
-LINEAR_OPERANDS = {"add_any": 2, "mul": 2, "concatenate": None}
+# How many operands an equation is linear in, where that is not just the first; None for all.
+LINEAR_OPERANDS = {"add_any": 2, "mul": 2, "concatenate": None, "optimization_barrier": None}

@@ -16,7 +16,7 @@ from jax import lax
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["coords", "values"],
-    meta_fields=["axes", "shape"],
+    meta_fields=["axes", "shape", "origin"],
 )
 @dataclasses.dataclass(frozen=True)
 class Term:
@@ -31,12 +31,14 @@ class Term:
       values: ``[n, *sizes of the axes that are not in axes]``.
       axes: ascending, at least one. Static.
       shape: of the whole array. Static.
+      origin: where in the user's source the slices were looked up. Static.
     """
 
     coords: tuple[jax.Array, ...]
     values: jax.Array
     axes: tuple[int, ...]
     shape: tuple[int, ...]
+    origin: str = ""
 
     @property
     def whole_axes(self) -> tuple[int, ...]:

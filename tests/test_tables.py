@@ -74,5 +74,5 @@ def test_wrong_tables_are_named(tables, error, message):
 
 
 def test_a_leaf_that_is_no_array_is_no_table():
-    with pytest.raises(TypeError, match="the only leaf.*array, got float"):
+    with pytest.raises(TypeError, match=r"the only leaf.*array, got float"):
         select_tables(True, 1.0)
