@@ -18,6 +18,7 @@ from jaxaccum._sparse_terms import (
     CarryReadError,
     Dense,
     SparseSum,
+    Table,
     Term,
     joined,
     whole,
@@ -88,7 +89,11 @@ def _jit(evaluate: Any, eqn: Any, operands: Any, wanted: Any) -> list[Any]:
 
 
 def _remat(evaluate: Any, eqn: Any, operands: Any, wanted: Any) -> list[Any]:
-    """Binds the primitive anew: with jax.checkpoint XLA would merge the recomputation away."""
+    """Binds the primitive anew: with jax.checkpoint XLA would merge the recomputation away.
+
+    Tables stay outside of the barrier that prevents that. Behind it, XLA copies a table that is
+    donated and updated later (measured, 0.12.0), and what is looked up depends on the ids anyway.
+    """
     leaves, tree = jax.tree.flatten(list(operands))
 
     def call(*leaves: Any) -> list[Any]:
@@ -96,9 +101,17 @@ def _remat(evaluate: Any, eqn: Any, operands: Any, wanted: Any) -> list[Any]:
 
     closed, shapes = jax.make_jaxpr(call, return_shape=True)(*leaves)
     inner = open_jaxpr(closed)
-    inputs = [*inner.constvars, *inner.invars]
-    body = inner.replace(constvars=[], invars=inputs)
-    results = eqn.primitive.bind(*closed.consts, *leaves, **{**eqn.params, "jaxpr": body})
+    body = inner.replace(constvars=[], invars=[*inner.constvars, *inner.invars])
+    barrier = eqn.params["prevent_cse"]
+    if isinstance(barrier, bool):
+        barrier = (barrier,) * len(operands)
+    barrier = [True] * len(closed.consts) + [
+        flag and not isinstance(operand, Table)
+        for operand, flag in zip(operands, barrier, strict=True)
+        for _ in jax.tree.leaves(operand)
+    ]
+    params = {**eqn.params, "jaxpr": body, "prevent_cse": tuple(barrier)}
+    results = eqn.primitive.bind(*closed.consts, *leaves, **params)
     return list(jax.tree.unflatten(jax.tree.structure(shapes), results))
 
 

@@ -543,6 +543,32 @@ def test_no_array_of_the_tables_size_is_made(lookup):
     assert big_arrays(jax.value_and_grad(loss))[1]  # the yardstick measures what it should
 
 
+@pytest.mark.parametrize(
+    "lookup",
+    [
+        lambda t, i: t[i],
+        jax.checkpoint(lambda t, i: jnp.cos(t.astype(jnp.bfloat16)[i])),
+        lambda t, i: scanned(lambda c, j: c + t[j], ONE, i),
+    ],
+    ids=["index", "checkpoint", "scan"],
+)
+@pytest.mark.parametrize("loss_of", [loss_of, lambda f: lambda *a: jnp.sum(f(*a), dtype="float32")])
+def test_a_donated_table_is_updated_in_place(lookup, loss_of):
+    rows = 100_003
+    grad_fn = value_and_sparse_grad(loss_of(lookup), tables=True)
+
+    def step(table, ids):
+        value, grad = grad_fn(table, ids)
+        return table.at[grad.indices].add(-grad.values, mode="drop"), value
+
+    shapes = jax.ShapeDtypeStruct((rows, WIDTH), jnp.float32), IDS
+    compiled = jax.jit(step, donate_argnums=0).lower(*shapes).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= rows * WIDTH * 4
+    assert memory.temp_size_in_bytes < rows * WIDTH
+    assert " copy(" not in "".join(made_arrays(compiled.as_text(), rows))
+
+
 def made_arrays(hlo, rows):
     """The instructions outside of fusions whose result is a new array of so many rows."""
     made, inside = [], ""
