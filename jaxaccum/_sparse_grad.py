@@ -190,14 +190,22 @@ def _after(value: jax.Array, grads: Any) -> Any:
     gradients, and XLA would copy a donated table to keep what it held: 80 ms for 256 MB (measured).
     A barrier does not outlive XLA's early passes (0.10.2). min(i, max(i, v)) is i, unknown to XLA.
     """
+    own = _varying(value)
 
     def tie(grad: Any) -> Any:
-        if not isinstance(grad, IndexedSlices):
+        # What is alike on all devices must not come to depend on a loss that is not.
+        if not isinstance(grad, IndexedSlices) or not own <= _varying(grad.indices):
             return grad
         last = jnp.maximum(grad.indices, value.astype(jnp.int32))
         return dataclasses.replace(grad, indices=jnp.minimum(grad.indices, last))
 
     return jax.tree.map(tie, grads, is_leaf=lambda grad: isinstance(grad, IndexedSlices))
+
+
+def _varying(value: jax.Array) -> frozenset[str]:
+    """The axes of an enclosing shard_map along which ``value`` varies."""
+    kind = getattr(jax.typeof(value), "manual_axis_type", None)
+    return getattr(kind, "varying", frozenset())
 
 
 def _whole_rows(term: Term) -> Term:

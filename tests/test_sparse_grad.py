@@ -612,7 +612,7 @@ def regularized(table):
 
 
 def one_hot(table):
-    return jnp.sum(jax.nn.one_hot(IDS, ROWS) @ table)  # here
+    return jnp.sum(jax.nn.one_hot(IDS, ROWS, dtype=jnp.float32) @ table)  # here
 
 
 def all_columns(table):
