@@ -12,13 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import primitives
 
-from jaxaccum._sparse_rules import LINEAR_OPERANDS, RULES, blame, is_var, open_jaxpr
+from jaxaccum._sparse_rules import LINEAR_OPERANDS, RULES, blame, is_var, open_jaxpr, place
 from jaxaccum._sparse_terms import (
     Carry,
     CarryReadError,
     Dense,
     SparseSum,
-    Table,
     Term,
     joined,
     whole,
@@ -89,11 +88,7 @@ def _jit(evaluate: Any, eqn: Any, operands: Any, wanted: Any) -> list[Any]:
 
 
 def _remat(evaluate: Any, eqn: Any, operands: Any, wanted: Any) -> list[Any]:
-    """Binds the primitive anew: with jax.checkpoint XLA would merge the recomputation away.
-
-    Tables stay outside of the barrier that prevents that. Behind it, XLA copies a table that is
-    donated and updated later (measured, 0.12.0), and what is looked up depends on the ids anyway.
-    """
+    """Binds the primitive anew: with jax.checkpoint XLA would merge the recomputation away."""
     leaves, tree = jax.tree.flatten(list(operands))
 
     def call(*leaves: Any) -> list[Any]:
@@ -102,11 +97,11 @@ def _remat(evaluate: Any, eqn: Any, operands: Any, wanted: Any) -> list[Any]:
     closed, shapes = jax.make_jaxpr(call, return_shape=True)(*leaves)
     inner = open_jaxpr(closed)
     body = inner.replace(constvars=[], invars=[*inner.constvars, *inner.invars])
-    barrier = eqn.params["prevent_cse"]
+    barrier = eqn.params["prevent_cse"]  # a bool, or one for each operand
     if isinstance(barrier, bool):
         barrier = (barrier,) * len(operands)
     barrier = [True] * len(closed.consts) + [
-        flag and not isinstance(operand, Table)
+        flag
         for operand, flag in zip(operands, barrier, strict=True)
         for _ in jax.tree.leaves(operand)
     ]
@@ -230,7 +225,7 @@ def _summing_scan(evaluate: Any, eqn: Any, operands: Any, summed: dict[int, Carr
     def step(carry: dict[int, Any], x: Sequence[Any]) -> Any:
         full = [SparseSum((summed[i],)) if i in summed else carry[i] for i in range(carries)]
         results = evaluate(_body(eqn), [*consts, *full, *x], wanted)
-        added = {i: _added_to(own, results[i]) for i, own in summed.items()}
+        added = {i: _added_to(own, results[i], eqn) for i, own in summed.items()}
         return {i: results[i] for i in carry}, (results[carries:], added)
 
     dense = {i: value for i, value in enumerate(init) if i not in summed}
@@ -241,12 +236,12 @@ def _summing_scan(evaluate: Any, eqn: Any, operands: Any, summed: dict[int, Carr
     return [*(final[i] for i in range(carries)), *ys]
 
 
-def _added_to(own: Carry, result: Any) -> tuple[Term, ...]:
+def _added_to(own: Carry, result: Any, eqn: Any) -> tuple[Term, ...]:
     if isinstance(result, Dense):
         raise CarryReadError(own, result.reason)
     carried = [term for term in result.terms if isinstance(term, Carry)]
     if carried != [own]:
-        raise CarryReadError(own, "a loop that carries it does more than add to it")
+        raise CarryReadError(own, f"{place(eqn)} loops over it and changes more than rows of it")
     return tuple(term for term in result.terms if isinstance(term, Term))
 
 

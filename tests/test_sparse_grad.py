@@ -141,6 +141,9 @@ LOOKUPS = {
     "an axis more": (lambda t, i: t[:, None][i], IDS, WHERE),
     "without the first rows": (lambda t, i: t[2:][i], IDS, [3, 4, 10, 7, 3]),
     "without the last rows": (lambda t, i: t[:-3][i], IDS, [1, 2, 7, 5, 1]),
+    "wild ids without the last rows": (
+        lambda t, i: t[:-3].at[i].get(mode="fill"), WILD, [1, END, END, END, END],
+    ),
     "one of two parts": (lambda t, i: jnp.split(t, [4])[1][i], IDS, [5, 6, 10, 9, 5]),
     "with a row more": (lambda t, i: jnp.concatenate([t, ONES[:1]])[i], IDS, [1, 2, END, 5, 1]),
     "scaled by a number": (lambda t, i: (t * 8)[i], IDS, WHERE),
@@ -172,6 +175,11 @@ LOOKUPS = {
     ),
     "scan that carries the table": (
         lambda t, i: scanned(lambda c, j: (c[0], c[1] * c[0][j]), (t, ONE), i)[1], IDS, WHERE,
+    ),
+    "scan that carries the table on": (
+        lambda t, i: (lambda c: c[1] + c[0][i[0]])(
+            scanned(lambda c, j: (c[0], c[1] * c[0][j]), (t, ONE), i)
+        ), IDS, [*WHERE, 1],
     ),
     "scan that carries a cast": (
         lambda t, i: scanned(
@@ -219,6 +227,15 @@ def test_rows_are_the_cotangents_of_the_lookups():
     np.testing.assert_allclose(value, np.sum(np.asarray(TABLE)[WHERE] * weights), rtol=1e-6)
     np.testing.assert_array_equal(grad.indices, WHERE)
     np.testing.assert_array_equal(grad.values, weights)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int8, jnp.uint8, jnp.int16, jnp.uint32, jnp.int32])
+def test_ids_of_any_integer_type_reach_any_row(dtype):
+    high = min(int(jnp.iinfo(dtype).max), 299)
+    ids = jnp.array([high, 0, 7], dtype)
+    _, grad = value_and_sparse_grad(lambda t: jnp.sum(t[ids]), tables=True)(jnp.ones((300, 1)))
+    assert grad.indices.tolist() == [high, 0, 7]
+    assert grad.indices.dtype == jnp.int32
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -603,12 +620,16 @@ def line_of(function, mark):
 
 
 def tied(table):
+    def logits(hidden):
+        return hidden @ table.T  # here
+
     hidden = jnp.tanh(table[IDS])
-    return jnp.sum(hidden @ table.T)  # here
+    return jnp.sum(logits(hidden))
 
 
 def regularized(table):
-    return jnp.sum(table[IDS]) + jnp.sum(table**2)  # here
+    squares = table**2  # here
+    return jnp.sum(table[IDS]) + jnp.sum(squares)
 
 
 def one_hot(table):
@@ -616,7 +637,8 @@ def one_hot(table):
 
 
 def all_columns(table):
-    return jnp.sum(table[:, 0])  # here
+    column = table[:, 0]  # here
+    return jnp.sum(jnp.sin(column))
 
 
 def cleared(table):
@@ -651,6 +673,20 @@ def carried(table):
     return jnp.sum(lax.scan(step, table, IDS)[1])
 
 
+def replaced(table):
+    def step(first, word):
+        return jnp.ones_like(table) * 2, first[word]
+
+    return jnp.sum(lax.scan(step, table, IDS)[1])  # here
+
+
+def doubling(table):
+    def step(table, word):
+        return table + table, table[word]
+
+    return jnp.sum(lax.scan(step, table, IDS)[1])  # here
+
+
 def branched(table):
     def whole(table):
         return jnp.sum(table)  # here
@@ -667,7 +703,7 @@ ruled.defvjp(lambda table: (ruled(table), table), lambda table, g: (jnp.full_lik
 
 DENSE_USES = (
     tied, regularized, one_hot, all_columns, cleared, columns, jitted, recomputed, looped, carried,
-    branched,
+    replaced, doubling, branched,
 )  # fmt: skip
 
 
