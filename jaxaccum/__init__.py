@@ -2,14 +2,8 @@
 
 from jaxaccum._accumulator import apply, grow, merge, num_accumulated, set_step, take
 from jaxaccum._slices import IndexedSlices
-from jaxaccum._sparse_ops import (
-    sparse_add,
-    sparse_add_grad,
-    sparse_add_jvp,
-    sparse_slice,
-    sparse_slice_grad,
-    sparse_slice_jvp,
-)
+from jaxaccum._sparse_grad import value_and_sparse_grad
+from jaxaccum._sparse_ops import sparse_add, sparse_add_grad, sparse_add_jvp, sparse_slice, sparse_slice_grad, sparse_slice_jvp
 from jaxaccum._state import AccumulatorState, Verdict, init
 
 __all__ = [
@@ -29,4 +23,5 @@ __all__ = [
     "sparse_slice_grad",
     "sparse_slice_jvp",
     "take",
+    "value_and_sparse_grad",
 ]
