@@ -1,16 +1,20 @@
 """jaxaccum: sparse-gradient accumulation for JAX."""
 
 from jaxaccum._accumulator import apply, grow, merge, num_accumulated, set_step, take
+from jaxaccum._lazy_rows import lazy_rows
 from jaxaccum._slices import IndexedSlices
 from jaxaccum._state import AccumulatorState, Verdict, init
+from jaxaccum._transforms import apply_updates
 
 __all__ = [
     "AccumulatorState",
     "IndexedSlices",
     "Verdict",
     "apply",
+    "apply_updates",
     "grow",
     "init",
+    "lazy_rows",
     "merge",
     "num_accumulated",
     "set_step",
