@@ -1,5 +1,6 @@
 """jaxaccum: sparse-gradient accumulation for JAX."""
 
+from jaxaccum._accumulate import AccumulateState, accumulate
 from jaxaccum._accumulator import apply, grow, merge, num_accumulated, set_step, take
 from jaxaccum._lazy_rows import lazy_rows
 from jaxaccum._slices import IndexedSlices
@@ -7,9 +8,11 @@ from jaxaccum._state import AccumulatorState, Verdict, init
 from jaxaccum._transforms import apply_updates
 
 __all__ = [
+    "AccumulateState",
     "AccumulatorState",
     "IndexedSlices",
     "Verdict",
+    "accumulate",
     "apply",
     "apply_updates",
     "grow",

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 
 from jaxaccum._optax import import_optax
-from jaxaccum._row_separable import RowLayout, check_row_separable, row_layout, struct, struct_of
+from jaxaccum._row_separable import (
+    RowLayout,
+    TrialFailedError,
+    check_row_separable,
+    row_layout,
+    struct,
+    struct_of,
+)
 from jaxaccum._slices import IndexedSlices
 from jaxaccum._unique_rows import fit_to_table, gather_rows, is_slices, scatter_rows, unique_rows
 
@@ -60,17 +68,7 @@ def lazy_rows(tx: optax.GradientTransformation) -> optax.GradientTransformationE
     """
     optax = import_optax("lazy_rows")
     inner = optax.with_extra_args_support(tx)
-    plan = _Planner(inner)
-
-    def update(
-        updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
-    ) -> tuple[PyTree, PyTree]:
-        block = plan(updates, params, extra_args)
-        if not block.tables:
-            return inner.update(updates, state, params, **extra_args)
-        return block.update(inner, state, extra_args)
-
-    return optax.GradientTransformationExtraArgs(inner.init, update)
+    return optax.GradientTransformationExtraArgs(inner.init, LazyUpdate(inner))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,49 +132,57 @@ class _Block:
         return jax.tree.unflatten(self.treedef, leaves)
 
 
-class _Planner:
-    """Makes blocks; what only depends on shapes is found once and kept."""
+class LazyUpdate:
+    """The ``update`` of ``lazy_rows``; what only depends on shapes is found once and kept."""
 
     def __init__(self, tx: Any) -> None:
         self._tx = tx
         self._layouts: dict[Any, RowLayout] = {}
 
-    def __call__(self, updates: PyTree, params: PyTree | None, extra_args: Any) -> _Block:
+    def __call__(
+        self, updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
+    ) -> tuple[PyTree, PyTree]:
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_sparse)
         tables = tuple(i for i, leaf in enumerate(leaves) if is_sparse(leaf))
+        if not tables:
+            return cast(
+                "tuple[PyTree, PyTree]", self._tx.update(updates, state, params, **extra_args)
+            )
         param_leaves = None if params is None else flatten_like(treedef, params)
         opaque = tuple(isinstance(leaves[t], UniqueRows) for t in tables)
         for t in tables:
             name = f"updates{_path(treedef, t)}"
             leaves[t] = _fit(leaves[t], None if param_leaves is None else param_leaves[t], name)
-        return _Block(
-            treedef,
-            leaves,
-            param_leaves,
-            tables,
-            opaque,
-            self._layout(treedef, leaves, param_leaves, tables, extra_args),
-        )
+        shapes = [
+            struct(u.dense_shape, u.values.dtype) if is_slices(u) else struct_of(u) for u in leaves
+        ]
+        if param_leaves is not None:
+            shapes = [struct_of(p) for p in param_leaves]
+        layout = self._layout(treedef, shapes, tables, extra_args)
+        block = _Block(treedef, leaves, param_leaves, tables, opaque, layout)
+        return block.update(self._tx, state, extra_args)
+
+    def check(self, params: PyTree, is_table: PyTree) -> None:
+        """Raises as the first update of ``params`` would, with the tables known beforehand."""
+        leaves, treedef = jax.tree.flatten(params)
+        tables = tuple(i for i, chosen in enumerate(jax.tree.leaves(is_table)) if chosen)
+        if tables:
+            with contextlib.suppress(TrialFailedError):  # it may need arguments only update gets
+                self._layout(treedef, [struct_of(p) for p in leaves], tables, {})
 
     def _layout(
         self,
         treedef: Any,
-        leaves: list[Any],
-        params: list[Any] | None,
+        shapes: list[Any],
         tables: tuple[int, ...],
         extra_args: dict[str, Any],
     ) -> RowLayout:
-        shapes = [
-            struct(u.dense_shape, u.values.dtype) if is_slices(u) else struct_of(u) for u in leaves
-        ]
-        if params is not None:
-            shapes = [struct_of(p) for p in params]
         key = (treedef, tables, tuple((s.shape, s.dtype) for s in shapes), tuple(extra_args))
-        if tables and key not in self._layouts:
+        if key not in self._layouts:
             layout = row_layout(self._tx, shapes, treedef, tables)
             check_row_separable(self._tx, shapes, treedef, tables, extra_args)
             self._layouts[key] = layout
-        return self._layouts.get(key, RowLayout((), treedef))
+        return self._layouts[key]
 
 
 def _fit(leaf: IndexedSlices | UniqueRows, param: Any, name: str) -> IndexedSlices:

@@ -139,7 +139,8 @@ def check_row_separable(
         try:
             compact, whole, fresh, mixed = run_now(functools.partial(trial.outcomes, scale))
         except (TypeError, ValueError) as err:
-            raise _refusal(f"it fails on two rows of a table of {_TRIAL_ROWS}: {err}") from err
+            reason = f"it fails on two rows of a table of {_TRIAL_ROWS}: {err}"
+            raise TrialFailedError(str(_refusal(reason))) from err
         if not _agree(compact["shared"], whole["shared"]):
             raise _refusal(
                 "it keeps a statistic over all rows of the table, also those the gradient does "
@@ -161,6 +162,10 @@ def _refusal(reason: str) -> ValueError:
         f"tx must be row-separable, but {reason}. Give the tables a transform of their own by "
         "optax.partition, or keep their gradients dense"
     )
+
+
+class TrialFailedError(ValueError):
+    """The transform could not even be tried."""
 
 
 class _Trial:

@@ -79,13 +79,14 @@ def _sum_duplicates(slices: IndexedSlices) -> IndexedSlices:
     unique = jnp.full((num,), padding, jnp.int32).at[segment].set(indices)
     # The values are added where they lie: sorting them first would move every row twice.
     segment_of = jnp.zeros((num,), jnp.int32).at[order].set(segment, unique_indices=True)
-    wide = _sum_dtype(slices.values.dtype)
+    wide = sum_dtype(slices.values.dtype)
     zeros = jnp.zeros(slices.values.shape, wide)
     values = zeros.at[segment_of].add(slices.values.astype(wide))
     return IndexedSlices(unique, values.astype(slices.values.dtype), slices.dense_shape)
 
 
-def _sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
+def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """Returns the dtype to add up values of ``dtype`` in: float32 for narrower floats."""
     is_narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
     return jnp.dtype(jnp.float32) if is_narrow else dtype
 
