@@ -3,6 +3,7 @@
 from jaxaccum._accumulate import AccumulateState, accumulate
 from jaxaccum._accumulator import apply, grow, merge, num_accumulated, set_step, take
 from jaxaccum._lazy_rows import lazy_rows
+from jaxaccum._rowwise_adagrad import rowwise_adagrad
 from jaxaccum._slices import IndexedSlices
 from jaxaccum._state import AccumulatorState, Verdict, init
 from jaxaccum._transforms import apply_updates
@@ -20,6 +21,7 @@ __all__ = [
     "lazy_rows",
     "merge",
     "num_accumulated",
+    "rowwise_adagrad",
     "set_step",
     "take",
 ]

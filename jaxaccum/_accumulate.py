@@ -17,7 +17,7 @@ from jaxaccum._optax import import_optax
 from jaxaccum._slices import IndexedSlices, as_device_slices
 from jaxaccum._state import AccumulatorState, Reduction, Verdict, as_int32
 from jaxaccum._tables import select_tables
-from jaxaccum._unique_rows import is_slices, sum_dtype
+from jaxaccum._unique_rows import is_slices, promote_dtypes, sum_dtype
 
 if TYPE_CHECKING:
     import optax  # type: ignore[import-untyped]
@@ -221,9 +221,9 @@ def _checked(grad: Any, total: Any, name: str) -> Any:
 def _widened(grad: Any, total: Any) -> Any:
     # A gradient may be narrower than its parameter, or wider if the parameter is 16 bits wide.
     if is_slices(grad):
-        values = grad.values.astype(jnp.promote_types(grad.values.dtype, total.dtype))
+        values = grad.values.astype(promote_dtypes(grad.values.dtype, total.dtype))
         return dataclasses.replace(grad, values=values)
-    return grad.astype(jnp.promote_types(grad.dtype, total.dtype))
+    return grad.astype(promote_dtypes(grad.dtype, total.dtype))
 
 
 def _admit(

@@ -86,14 +86,18 @@ def row_layout(tx: Any, params: list[Any], treedef: Any, tables: tuple[int, ...]
     small, rows_of = list(params), {}
     for position, table in enumerate(tables):
         rows, *row = params[table].shape
-        few = _TRIAL_ROWS + position  # tells the tables apart, and from the true row count
+        few = 1 + position  # tells the tables apart, and from the true row count
         few += len(tables) if few == rows else 0
         rows_of[few] = (position, rows)
         small[table] = struct((few, *row), params[table].dtype)
+    state = jax.eval_shape(tx.init, jax.tree.unflatten(treedef, params))
+    if any(map(_is_multi_steps, jax.tree.leaves(state, is_leaf=_is_multi_steps))):
+        raise _refusal(
+            "optax.MultiSteps keeps its sums as rows that only emit when they are touched again; "
+            "use jaxaccum.accumulate"
+        )
     state_treedef: Any
-    whole, state_treedef = jax.tree_util.tree_flatten_with_path(
-        jax.eval_shape(tx.init, jax.tree.unflatten(treedef, params))
-    )
+    whole, state_treedef = jax.tree_util.tree_flatten_with_path(state)
     part, part_treedef = jax.tree.flatten(
         jax.eval_shape(tx.init, jax.tree.unflatten(treedef, small))
     )
@@ -104,6 +108,10 @@ def row_layout(tx: Any, params: list[Any], treedef: Any, tables: tuple[int, ...]
         for (path, leaf), other in zip(whole, part, strict=True)
     )
     return RowLayout(owners, state_treedef)
+
+
+def _is_multi_steps(node: object) -> bool:
+    return type(node).__name__ == "MultiStepsState"
 
 
 def _owner(

@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._slices import IndexedSlices
-from jaxaccum._unique_rows import fit_to_table, gather_rows, is_slices, scatter_rows, unique_rows
+from jaxaccum._unique_rows import (
+    fit_to_table,
+    gather_rows,
+    is_slices,
+    promote_dtypes,
+    scatter_rows,
+    unique_rows,
+)
 
 PyTree = Any
 
@@ -50,7 +57,7 @@ def _add(param: Any, update: Any, name: str) -> Any:
         return None
     param = jnp.asarray(param)
     if not is_slices(update):
-        wide = jnp.promote_types(param.dtype, update.dtype)
+        wide = promote_dtypes(param.dtype, update.dtype)
         return (param.astype(wide) + update.astype(wide)).astype(param.dtype)
     return _add_rows(param, _checked(update, param, name))
 
@@ -66,10 +73,10 @@ def _checked(update: IndexedSlices, param: jax.Array, name: str) -> IndexedSlice
 
 
 def _add_rows(param: jax.Array, update: IndexedSlices) -> jax.Array:
-    wide = jnp.promote_types(param.dtype, update.values.dtype)
+    wide = promote_dtypes(param.dtype, update.values.dtype)
     if wide == param.dtype:
         return param.at[update.indices].add(update.values.astype(wide), mode="drop")
     # Rounded once a row, so that narrow tables neither lose duplicates nor round twice.
     update = unique_rows(update)
-    rows = gather_rows(param, update.indices).astype(wide) + update.values
+    rows = gather_rows(param, update.indices).astype(wide) + update.values.astype(wide)
     return scatter_rows(param, update.indices, rows)

@@ -85,6 +85,12 @@ def _sum_duplicates(slices: IndexedSlices) -> IndexedSlices:
     return IndexedSlices(unique, values.astype(slices.values.dtype), slices.dense_shape)
 
 
+def promote_dtypes(a: jnp.dtype, b: jnp.dtype) -> jnp.dtype:
+    """Returns the dtype that holds both, whatever implicit promotion the user has allowed."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.promote_types(a, b)
+
+
 def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """Returns the dtype to add up values of ``dtype`` in: float32 for narrower floats."""
     is_narrow = jnp.issubdtype(dtype, jnp.floating) and dtype.itemsize < 4
