@@ -10,14 +10,8 @@ from typing import TYPE_CHECKING, Any, cast
 import jax
 
 from jaxaccum._optax import import_optax
-from jaxaccum._row_separable import (
-    RowLayout,
-    TrialFailedError,
-    check_row_separable,
-    row_layout,
-    struct,
-    struct_of,
-)
+from jaxaccum._row_layout import RowLayout, row_layout, struct, struct_of
+from jaxaccum._row_separable import TrialFailedError, check_row_separable
 from jaxaccum._slices import IndexedSlices
 from jaxaccum._unique_rows import fit_to_table, gather_rows, is_slices, scatter_rows, unique_rows
 

@@ -1,9 +1,7 @@
-"""Which optax transforms can run on a few rows of a table: shapes first, then a trial run.
+"""Which optax transforms can run on a few rows of a table, found out by a trial run.
 
-A transform is opaque, so it is tried. Its state is laid out for tables of two sizes without
-allocating either: a leaf whose leading axis follows the row count of a table is held by row, one
-that stays is shared by all rows, anything else cannot be cut into rows. Then a tiny table is
-trained for a few steps and three things must hold, each of which a known family breaks:
+A tiny table is trained for a few steps and three things must hold, each of which a known family of
+transforms breaks:
 
 * what is shared must not depend on the rows a step does not touch (statistics over all rows);
 * nor must the step of a touched row depend on the parameters of untouched rows, or on there being
@@ -17,7 +15,6 @@ the global norm does: untouched rows have zeros there, so the touched ones are e
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -27,105 +24,16 @@ import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 
+from jaxaccum._row_layout import refusal, row_layout, struct
+
 PyTree = Any
 
 # Rows of the trial table: two that every step touches, one that sleeps in the last step after
 # having been touched, and one of zeros like the padding of a block.
 _TOUCHED, _ASLEEP, _PADDING = slice(0, 2), slice(2, 3), slice(3, 4)
-_TRIAL_ROWS, _HISTORY = 4, 4
+_TRIAL_ROWS = 4
 # The coupling looked for is a factor, rounding is not: anything between tells them apart.
 _TOLERANCE = 1e-3
-
-
-@dataclasses.dataclass(frozen=True)
-class RowLayout:
-    """How a transform's state follows the rows of the tables.
-
-    Attributes:
-      owners: for every leaf of the state the position of the table it follows, or ``None``.
-      treedef: the structure of the state.
-    """
-
-    owners: tuple[int | None, ...]
-    treedef: Any
-
-    def map_rows(
-        self, fun: Callable[..., Any], state: PyTree, *rest: PyTree, shared: Any = None
-    ) -> PyTree:
-        """Applies ``fun(owner, leaf, *rest)`` to leaves held by row, ``shared`` to all others."""
-        others = [self.flatten(tree) for tree in rest]
-        leaves = [
-            (shared(*args) if shared else args[0]) if owner is None else fun(owner, *args)
-            for owner, *args in zip(self.owners, self.flatten(state), *others, strict=True)
-        ]
-        return jax.tree.unflatten(self.treedef, leaves)
-
-    def flatten(self, state: PyTree) -> list[Any]:
-        """Returns the leaves of ``state``, which must be one that this transform made."""
-        leaves, treedef = jax.tree.flatten(state)
-        if treedef != self.treedef:
-            raise ValueError(
-                "state must be what init returned for these params, got the structure "
-                f"{treedef}, expected {self.treedef}"
-            )
-        return leaves
-
-
-def row_layout(tx: Any, params: list[Any], treedef: Any, tables: tuple[int, ...]) -> RowLayout:
-    """Lays out the state of ``tx`` for params of these shapes, without computing anything.
-
-    Args:
-      tx: the transform.
-      params: one ``ShapeDtypeStruct`` a leaf.
-      treedef: the structure of the params.
-      tables: the positions among ``params`` that are tables.
-
-    Raises:
-      ValueError: the state cannot be cut into rows.
-    """
-    small, rows_of = list(params), {}
-    for position, table in enumerate(tables):
-        rows, *row = params[table].shape
-        few = 1 + position  # tells the tables apart, and from the true row count
-        few += len(tables) if few == rows else 0
-        rows_of[few] = (position, rows)
-        small[table] = struct((few, *row), params[table].dtype)
-    state = jax.eval_shape(tx.init, jax.tree.unflatten(treedef, params))
-    if any(map(_is_multi_steps, jax.tree.leaves(state, is_leaf=_is_multi_steps))):
-        raise _refusal(
-            "optax.MultiSteps keeps its sums as rows that only emit when they are touched again; "
-            "use jaxaccum.accumulate"
-        )
-    state_treedef: Any
-    whole, state_treedef = jax.tree_util.tree_flatten_with_path(state)
-    part, part_treedef = jax.tree.flatten(
-        jax.eval_shape(tx.init, jax.tree.unflatten(treedef, small))
-    )
-    if part_treedef != state_treedef:
-        raise _refusal("the structure of its state depends on the number of rows")
-    owners = tuple(
-        _owner(path, leaf.shape, other.shape, rows_of)
-        for (path, leaf), other in zip(whole, part, strict=True)
-    )
-    return RowLayout(owners, state_treedef)
-
-
-def _is_multi_steps(node: object) -> bool:
-    return type(node).__name__ == "MultiStepsState"
-
-
-def _owner(
-    path: Any, whole: tuple[int, ...], part: tuple[int, ...], rows_of: Mapping[int, tuple[int, int]]
-) -> int | None:
-    if whole == part:
-        return None
-    position, rows = rows_of.get(part[0], (-1, -1)) if part else (-1, -1)
-    if position >= 0 and whole == (rows, *part[1:]):
-        return position
-    raise _refusal(
-        f"its state{jax.tree_util.keystr(path)} of shape {whole} does not hold one entry a row "
-        "(as in adafactor's factored moments)"
-    )
 
 
 def check_row_separable(
@@ -142,42 +50,37 @@ def check_row_separable(
     Raises:
       ValueError: the transform couples rows; the message says how.
     """
-    trial = _Trial(tx, params, treedef, tables, extra_args)
+    trial = Trial(tx, params, treedef, tables, extra_args)
     for scale in (1e-2, 1e2):  # thresholds, as in clipping, act on one side only
         try:
             compact, whole, fresh, mixed = run_now(functools.partial(trial.outcomes, scale))
         except (TypeError, ValueError) as err:
             reason = f"it fails on two rows of a table of {_TRIAL_ROWS}: {err}"
-            raise TrialFailedError(str(_refusal(reason))) from err
-        if not _agree(compact["shared"], whole["shared"]):
-            raise _refusal(
+            raise TrialFailedError(str(refusal(reason))) from err
+        if not agree(compact["shared"], whole["shared"]):
+            raise refusal(
                 "it keeps a statistic over all rows of the table, also those the gradient does "
                 "not touch (as in prodigy or dog)"
             )
-        if not _agree(compact, fresh):
-            raise _refusal(
+        if not agree(compact, fresh):
+            raise refusal(
                 "the step of a row depends on rows the gradient does not touch (as in lamb and "
                 "lars, whose trust ratio is a norm of the whole table, in adafactor and in muon)"
             )
-        if not _agree(_first_row(whole), _first_row(mixed)):
-            raise _refusal(
+        if not agree(_first_row(whole), _first_row(mixed)):
+            raise refusal(
                 "it mixes the entries of different rows (as in muon, shampoo, or sm3's columns)"
             )
-
-
-def _refusal(reason: str) -> ValueError:
-    return ValueError(
-        f"tx must be row-separable, but {reason}. Give the tables a transform of their own by "
-        "optax.partition, or keep their gradients dense"
-    )
 
 
 class TrialFailedError(ValueError):
     """The transform could not even be tried."""
 
 
-class _Trial:
-    """A tiny table trained for three steps, in the variants that are compared."""
+class Trial:
+    """A tiny table trained for a few steps, in the variants that are compared."""
+
+    num_steps = 4
 
     def __init__(
         self, tx: Any, params: list[Any], treedef: Any, tables: tuple[int, ...], extra_args: Any
@@ -189,9 +92,9 @@ class _Trial:
 
     def outcomes(self, scale: float) -> tuple[Any, Any, Any, Any]:
         """The last step on the touched rows alone, on all rows in two variants, and permuted."""
-        state = self._history(scale, permuted=False)
+        state = self._history(scale)
         touched = self.layout.map_rows(lambda _, leaf: leaf[_TOUCHED], state)
-        start = self.tx.init(self._params(0, permuted=False))
+        start = self.tx.init(self._params(0))
         fresh = self.layout.map_rows(
             lambda _, leaf, new: jnp.concatenate(
                 [leaf[_TOUCHED], new[_ASLEEP], jnp.zeros_like(leaf[_PADDING])]
@@ -206,10 +109,47 @@ class _Trial:
             self._last_step(self._history(scale, permuted=True), scale, permuted=True),
         )
 
-    def _history(self, scale: float, *, permuted: bool) -> PyTree:
+    def shared_states(self) -> tuple[list[Any], list[Any], list[Any]]:
+        """What rows share: at first, after `num_steps` steps, and after steps twice as large.
+
+        Dense leaves get no gradient, so that only tables can make a difference.
+        """
+        start = self.tx.init(self._params(0))
+        once, twice = (self._history(scale, dense=0.0) for scale in (1.0, 2.0))
+        return self._shared(start), self._shared(once), self._shared(twice)
+
+    def at_rest(self, owner: int) -> tuple[list[Any], list[Any], list[Any], int]:
+        """State, and for one row of each table no gradient and parameters of zero."""
+        state = self.layout.flatten(self._history(1.0))
+        params = self.treedef.flatten_up_to(self._params(0))
+        grads = [jnp.zeros_like(p[:1] if i in self.tables else p) for i, p in enumerate(params)]
+        params = [grads[i] if i in self.tables else p for i, p in enumerate(params)]
+        return state, grads, params, self.tables[owner]
+
+    def random_rows(self) -> list[jax.Array]:
+        """Three rows of every leaf of the state, positive as second moments are."""
+        leaves = self.layout.flatten(jax.eval_shape(self.tx.init, self._params(0)))
+        rng = np.random.default_rng(2)
+        shapes = [(3, *leaf.shape[1:]) for leaf in leaves]
+        return [
+            jnp.asarray(rng.uniform(0.5, 1.5, shape).astype(leaf.dtype))
+            for shape, leaf in zip(shapes, leaves, strict=True)
+        ]
+
+    def random_params(self, table: int) -> jax.Array:
+        """Three rows of a table."""
+        leaf = self.params[table]
+        return jnp.asarray(_normal((3, *leaf.shape[1:]), 3).astype(leaf.dtype))
+
+    def _shared(self, state: PyTree) -> list[Any]:
+        pairs = zip(self.layout.owners, self.layout.flatten(state), strict=True)
+        # Rows do not enter a random key; what is drawn from it shows in the updates.
+        return [jnp.zeros(()) if _is_key(leaf) else leaf for owner, leaf in pairs if owner is None]
+
+    def _history(self, scale: float, *, permuted: bool = False, dense: float = 1.0) -> PyTree:
         state = self.tx.init(self._params(0, permuted=permuted))
-        for step in range(_HISTORY):
-            grads = self._grads(step, scale, permuted=permuted)
+        for step in range(self.num_steps):
+            grads = self._grads(step, scale, permuted=permuted, dense=dense)
             params = self._params(step, permuted=permuted)
             _, state = self.tx.update(grads, state, params, **self.extra_args)
         return state
@@ -217,14 +157,13 @@ class _Trial:
     def _last_step(
         self, state: PyTree, scale: float, *, rows: slice = slice(None), permuted: bool = False
     ) -> dict[str, Any]:
-        grads = self._grads(_HISTORY, scale, permuted=permuted, asleep=0.0, rows=rows)
-        params = self._params(_HISTORY, permuted=permuted, rows=rows)
+        grads = self._grads(self.num_steps, scale, permuted=permuted, asleep=0.0, rows=rows)
+        params = self._params(self.num_steps, permuted=permuted, rows=rows)
         updates, state = self.tx.update(grads, state, params, **self.extra_args)
-        leaves = self.layout.flatten(state)
-        pairs = list(zip(self.layout.owners, leaves, strict=True))
+        pairs = zip(self.layout.owners, self.layout.flatten(state), strict=True)
         steps = self.treedef.flatten_up_to(updates)
         return {
-            "shared": [leaf for owner, leaf in pairs if owner is None and not _is_key(leaf)],
+            "shared": self._shared(state),
             "rows": [leaf[_TOUCHED] for owner, leaf in pairs if owner is not None],
             "table_updates": [steps[i][_TOUCHED] for i in self.tables],
             "dense_updates": [u for i, u in enumerate(steps) if i not in self.tables],
@@ -242,8 +181,9 @@ class _Trial:
         self,
         values_of: Callable[..., np.ndarray],
         *,
-        permuted: bool,
+        permuted: bool = False,
         asleep: float = 10.0,
+        dense: float = 1.0,
         rows: slice = slice(None),
     ) -> PyTree:
         leaves = []
@@ -256,6 +196,8 @@ class _Trial:
                 if permuted:  # within one row, so that no norm of it changes
                     values[1] = np.flip(values[1])
                 values = values[rows]
+            else:
+                values *= dense
             leaves.append(jnp.asarray(values.astype(leaf.dtype)))
         return jax.tree.unflatten(self.treedef, leaves)
 
@@ -274,16 +216,6 @@ def _shrunk(leaf: Any, is_table: bool) -> jax.ShapeDtypeStruct:
     else:
         shape = tuple(min(d, 3) for d in leaf.shape)
     return struct(shape, dtype)
-
-
-def struct(shape: Any, dtype: Any) -> jax.ShapeDtypeStruct:
-    """Returns the shape and dtype of an array that need not exist."""
-    return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
-
-
-def struct_of(leaf: Any) -> jax.ShapeDtypeStruct:
-    """Returns the shape and dtype of ``leaf``, an array or a number."""
-    return struct(jnp.shape(leaf), jnp.result_type(leaf))
 
 
 def stand_ins(tree: PyTree) -> PyTree:
@@ -317,12 +249,12 @@ def _first_row(outcome: dict[str, Any]) -> list[Any]:
     return [leaf[:1] for leaf in (*outcome["rows"], *outcome["table_updates"])]
 
 
-def _agree(left: PyTree, right: PyTree) -> bool:
+def agree(left: PyTree, right: PyTree) -> bool:
+    """Whether two trees are the same but for rounding."""
     return all(map(_close, jax.tree.leaves(left), jax.tree.leaves(right)))
 
 
 def _is_key(leaf: Any) -> bool:
-    # Rows do not enter a key; what is drawn from it shows in the updates.
     return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
