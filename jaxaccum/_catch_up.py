@@ -20,6 +20,7 @@ and for decay at a constant rate; Adam's bias correction and a schedule bend the
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -100,16 +101,17 @@ class RestStep:
     def _one(
         self, rows: list[jax.Array], param: jax.Array, ahead: jax.Array
     ) -> tuple[jax.Array, list[jax.Array]]:
-        leaves, held = [], iter(rows)
-        for owner, leaf, is_counter in zip(
-            self.layout.owners, self.state, self.is_counter, strict=True
-        ):
-            if owner == self.owner:
-                leaves.append(next(held)[None])
-            elif owner is not None:
-                leaves.append(jnp.zeros((1, *leaf.shape[1:]), leaf.dtype))
-            else:
-                leaves.append(leaf + ahead.astype(leaf.dtype) if is_counter else leaf)
+        leaves = [
+            jnp.zeros((1, *leaf.shape[1:]), leaf.dtype)
+            if owner is not None
+            else leaf + ahead.astype(leaf.dtype)
+            if is_counter
+            else leaf
+            for owner, leaf, is_counter in zip(
+                self.layout.owners, self.state, self.is_counter, strict=True
+            )
+        ]
+        leaves = self.layout.with_rows(leaves, self.owner, [row[None] for row in rows])
         params = [*self.params[: self.table], param[None], *self.params[self.table + 1 :]]
         updates, state = self.tx.update(
             jax.tree.unflatten(self.treedef, self.grads),
@@ -118,12 +120,8 @@ class RestStep:
             **self.extra_args,
         )
         update = self.treedef.flatten_up_to(updates)[self.table][0]
-        return update.astype(jnp.float32), self.own_rows(self.layout.flatten(state), 0)
-
-    def own_rows(self, leaves: list[Any], index: Any = slice(None)) -> list[Any]:
-        """Returns the leaves of a state that follow the table, indexed."""
-        pairs = zip(self.layout.owners, leaves, strict=True)
-        return [leaf[index] for owner, leaf in pairs if owner == self.owner]
+        new_rows = self.layout.rows_of(self.layout.flatten(state), self.owner)
+        return update.astype(jnp.float32), [row[0] for row in new_rows]
 
 
 def caught_up(
@@ -142,11 +140,10 @@ def caught_up(
     _, factors = step(one, none[:1], jnp.zeros((1,), jnp.int32))
     first, after = step(rows, none, -missed)
     second, _ = step(after, none, 1 - missed)
-    shrinkage = [
-        step(zero_rows, jnp.ones_like(param), ahead)[0] for ahead in (-missed, -1 + 0 * missed)
-    ]
     # Under a schedule the rate of decay changes while a row sleeps: the mean of both ends.
-    d = jnp.sqrt(jnp.maximum(1 + shrinkage[0], 0) * jnp.maximum(1 + shrinkage[1], 0))
+    ends = (-missed, -jnp.minimum(missed, 1))
+    d_first, d_last = (1 + step(zero_rows, jnp.ones_like(param), end)[0] for end in ends)
+    d = jnp.sqrt(jnp.maximum(d_first, 0) * jnp.maximum(d_last, 0))
     r = jnp.clip(jnp.where(first == 0, 0.0, second / jnp.where(first == 0, 1.0, first)), 0.0, 1.0)
     k = _beside(missed, param).astype(jnp.float32)
     d_k, r_k, gap = jnp.power(d, k), jnp.power(r, k), d - r
@@ -181,41 +178,50 @@ def check_can_catch_up(
       ValueError: it does not; the message says how.
     """
     trial = Trial(tx, params, treedef, tables, extra_args)
-    start, once, twice = run_now(lambda: trial.shared_states())
+    start, once, twice = run_now(trial.shared_states)
     if not agree(once, twice):
         raise refusal(
             "catch_up cannot know the statistics of the gradients that it kept while a row slept "
             "(as novograd does)"
         )
-    shared = iter(zip(start, once, strict=True))
-    is_counter = tuple(
-        owner is None and _counts(*next(shared), trial.num_steps) for owner in trial.layout.owners
-    )
+    shared = [i for i, owner in enumerate(trial.layout.owners) if owner is None]
+    changes = [i for i, old, new in zip(shared, start, once, strict=True) if not agree(old, new)]
+    counters = {i for i in changes if _counts(start[shared.index(i)], once[shared.index(i)])}
+    is_counter = tuple(i in counters for i in range(len(trial.layout.owners)))
+    drifting = [i for i in changes if i not in counters]
     for owner in range(len(tables)):
-        actual, expected = run_now(lambda owner=owner: _linearity(trial, is_counter, owner))
-        if not agree(actual, expected):
+        actual, expected, drifted = run_now(
+            functools.partial(_rest_steps, trial, is_counter, drifting, owner)
+        )
+        if not agree(actual, expected, tolerance=1e-5):
             raise refusal(
                 "catch_up has no closed form for what it does to a row without a gradient: its "
                 "state must decay by constant factors, its step be linear in the parameter (as "
                 "in sgd with momentum, adagrad, rmsprop, adam, adamw and lion)"
             )
+        if not agree(actual, drifted):
+            raise refusal(
+                "catch_up cannot turn back what it counts other than in steps (as schedule_free "
+                "does)"
+            )
     return is_counter
 
 
-def _counts(before: Any, after: Any, num_steps: int) -> bool:
+def _counts(before: Any, after: Any) -> bool:
     is_int = jnp.issubdtype(before.dtype, jnp.integer) and before.ndim == 0
-    return bool(is_int and after == before + num_steps)
+    return bool(is_int and after == before + Trial.num_steps)
 
 
-def _linearity(trial: Trial, is_counter: tuple[bool, ...], owner: int) -> tuple[Any, Any]:
-    """State and updates of three rows after a step, and what they are if it is linear."""
+def _rest_steps(
+    trial: Trial, is_counter: tuple[bool, ...], drifting: list[int], owner: int
+) -> tuple[Any, Any, Any]:
+    """Three rows after a step, what they are if it is linear, and if what drifts were another."""
     state, grads, params, table = trial.at_rest(owner)
     step = RestStep(
         trial.tx, trial.treedef, trial.layout, is_counter, state, grads, params, trial.extra_args,
         table, owner,
     )  # fmt: skip
-    rows = step.own_rows([*trial.random_rows()])
-    param = trial.random_params(table)
+    rows, param = trial.layout.rows_of(trial.random_rows(), owner), trial.random_params(table)
     ahead = jnp.array([0, 3, 50], jnp.int32)
     none, zeros = jnp.zeros_like(param), jax.tree.map(jnp.zeros_like, rows)
     update, after = step(rows, param, ahead)
@@ -223,4 +229,6 @@ def _linearity(trial: Trial, is_counter: tuple[bool, ...], owner: int) -> tuple[
     shrinkage, _ = step(zeros, jnp.ones_like(param), ahead)
     moved, _ = step(rows, none, ahead)
     expected = [leaf * factor for leaf, factor in zip(rows, factors, strict=True)]
-    return (after, update), (expected, moved + shrinkage * param)
+    other = [leaf + jnp.ones_like(leaf) if i in drifting else leaf for i, leaf in enumerate(state)]
+    drifted = dataclasses.replace(step, state=other)(rows, param, ahead)
+    return (after, update), (expected, moved + shrinkage * param), drifted[::-1]

@@ -35,6 +35,16 @@ class RowLayout:
         ]
         return jax.tree.unflatten(self.treedef, leaves)
 
+    def rows_of(self, leaves: list[Any], owner: int) -> list[Any]:
+        """Returns the ``leaves`` that follow table ``owner``."""
+        return [leaf for o, leaf in zip(self.owners, leaves, strict=True) if o == owner]
+
+    def with_rows(self, leaves: list[Any], owner: int, rows: list[Any]) -> list[Any]:
+        """Returns ``leaves`` with ``rows`` in place of those that follow table ``owner``."""
+        held = iter(rows)
+        pairs = zip(self.owners, leaves, strict=True)
+        return [next(held) if o == owner else leaf for o, leaf in pairs]
+
     def flatten(self, state: PyTree) -> list[Any]:
         """Returns the leaves of ``state``, which must be one that this transform made."""
         leaves, treedef = jax.tree.flatten(state)

@@ -249,16 +249,17 @@ def _first_row(outcome: dict[str, Any]) -> list[Any]:
     return [leaf[:1] for leaf in (*outcome["rows"], *outcome["table_updates"])]
 
 
-def agree(left: PyTree, right: PyTree) -> bool:
+def agree(left: PyTree, right: PyTree, *, tolerance: float = _TOLERANCE) -> bool:
     """Whether two trees are the same but for rounding."""
-    return all(map(_close, jax.tree.leaves(left), jax.tree.leaves(right)))
+    pairs = zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True)
+    return all(_close(a, b, tolerance) for a, b in pairs)
 
 
 def _is_key(leaf: Any) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
-def _close(left: Any, right: Any) -> bool:
+def _close(left: Any, right: Any, tolerance: float) -> bool:
     a, b = (np.asarray(x).astype(np.complex128) for x in (left, right))
     largest = np.max(np.abs(np.where(np.isfinite(a), a, 0.0)), initial=0.0)
-    return bool(np.allclose(a, b, rtol=_TOLERANCE, atol=_TOLERANCE * largest, equal_nan=True))
+    return bool(np.allclose(a, b, rtol=tolerance, atol=tolerance * largest, equal_nan=True))
