@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from jaxaccum import _accumulator, _state
 from jaxaccum._lazy_rows import LazyUpdate, UniqueRows, lazy_rows
 from jaxaccum._optax import import_optax
+from jaxaccum._row_index import DirectMap
 from jaxaccum._slices import IndexedSlices, as_device_slices
 from jaxaccum._state import AccumulatorState, Reduction, Verdict, as_int32
 from jaxaccum._tables import select_tables
@@ -145,9 +146,10 @@ def accumulate(
         ready = state.num_accumulated >= jnp.maximum(as_int32(required, "num_required"), 1)
         step = functools.partial(_step, tx, dtypes, reduction, extra_args)
         rest = functools.partial(_rest, jax.eval_shape(step, state, params)[0])
-        return cast(
-            "tuple[PyTree, AccumulateState]", jax.lax.cond(ready, step, rest, state, params)
-        )
+        if not isinstance(ready, jax.core.Tracer):  # a conditional would be compiled every time
+            return step(state, params) if ready else rest(state, params)
+        result = jax.lax.cond(ready, step, rest, state, params)
+        return cast("tuple[PyTree, AccumulateState]", result)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -252,33 +254,17 @@ def _admit(
 def _all_fit(
     states: list[AccumulatorState], ids: list[jax.Array]
 ) -> tuple[list[AccumulatorState], jax.Array]:
-    """Whether the rows ``ids`` of all tables fit; where sizes do not tell, by counting new rows."""
-
-    def count(indexes: list[Any]) -> tuple[list[Any], jax.Array]:
-        # A claim that is refused beforehand says how many rows are new and leaves no trace.
-        claims = [
-            index.claim(rows, state.num_rows, state.capacity, fits=jnp.bool_(False))
-            for index, rows, state in zip(indexes, ids, states, strict=True)
-        ]
-        fits = [
-            state.num_rows + claim.num_new <= state.capacity
-            for (_, claim), state in zip(claims, states, strict=True)
-        ]
-        return [index for index, _ in claims], jnp.all(jnp.stack(fits))
-
-    has_room = jnp.stack(
-        [s.num_rows + r.size <= s.capacity for s, r in zip(states, ids, strict=True)]
-    )
-    indexes, fits = jax.lax.cond(
-        jnp.all(has_room),
-        lambda indexes: (indexes, jnp.bool_(True)),
-        count,
-        [state.row_index for state in states],
-    )
-    return [
-        dataclasses.replace(state, row_index=index)
-        for state, index in zip(states, indexes, strict=True)
-    ], fits
+    """Whether the rows ``ids`` of all tables fit; the states come back as they were."""
+    results, fits = [], jnp.bool_(True)
+    for state, rows in zip(states, ids, strict=True):
+        # A claim refused beforehand says how many rows are new and leaves no trace. Skipping it
+        # where sizes alone tell would take a conditional, around which XLA copies the index.
+        refused = jnp.bool_(False)
+        slots = cast("DirectMap", state.row_index)  # the row count of a table is known
+        index, claim = slots.claim(rows, state.num_rows, state.capacity, fits=refused)
+        fits &= state.num_rows + claim.num_new <= state.capacity
+        results.append(dataclasses.replace(state, row_index=index))
+    return results, fits
 
 
 def _add_to_sums(

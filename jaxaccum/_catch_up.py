@@ -26,8 +26,10 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
-from jaxaccum._row_layout import RowLayout, refusal
+from jaxaccum._row_layout import RowLayout
 from jaxaccum._row_separable import Trial, agree, run_now
 
 PyTree = Any
@@ -178,10 +180,10 @@ def check_can_catch_up(
       ValueError: it does not; the message says how.
     """
     trial = Trial(tx, params, treedef, tables, extra_args)
-    start, once, twice = run_now(trial.shared_states)
+    (start, once), (_, twice) = run_now(trial.shared_states, np.array([1, 2], np.float32))
     if not agree(once, twice):
-        raise refusal(
-            "catch_up cannot know the statistics of the gradients that it kept while a row slept "
+        raise ValueError(
+            "catch_up cannot know the statistics of all gradients that tx kept while a row slept "
             "(as novograd does)"
         )
     shared = [i for i, owner in enumerate(trial.layout.owners) if owner is None]
@@ -190,19 +192,18 @@ def check_can_catch_up(
     is_counter = tuple(i in counters for i in range(len(trial.layout.owners)))
     drifting = [i for i in changes if i not in counters]
     for owner in range(len(tables)):
-        actual, expected, drifted = run_now(
-            functools.partial(_rest_steps, trial, is_counter, drifting, owner)
-        )
+        rest = functools.partial(_rest_steps, trial, is_counter, drifting, owner)
+        [(actual, expected, drifted)] = run_now(rest, np.ones(1, np.float32))
         if not agree(actual, expected, tolerance=1e-5):
-            raise refusal(
-                "catch_up has no closed form for what it does to a row without a gradient: its "
-                "state must decay by constant factors, its step be linear in the parameter (as "
-                "in sgd with momentum, adagrad, rmsprop, adam, adamw and lion)"
+            raise ValueError(
+                "catch_up has no closed form for what tx does to a row without a gradient: its "
+                "state must decay by constant factors and its step be linear in the parameter, as "
+                "in sgd with momentum, adagrad, rmsprop, adam, adamw and lion"
             )
         if not agree(actual, drifted):
-            raise refusal(
-                "catch_up cannot turn back what it counts other than in steps (as schedule_free "
-                "does)"
+            raise ValueError(
+                "catch_up can turn back counts of steps only, and tx keeps another count that "
+                "matters to a row without a gradient (as schedule_free does)"
             )
     return is_counter
 
@@ -213,10 +214,10 @@ def _counts(before: Any, after: Any) -> bool:
 
 
 def _rest_steps(
-    trial: Trial, is_counter: tuple[bool, ...], drifting: list[int], owner: int
+    trial: Trial, is_counter: tuple[bool, ...], drifting: list[int], owner: int, scale: ArrayLike
 ) -> tuple[Any, Any, Any]:
     """Three rows after a step, what they are if it is linear, and if what drifts were another."""
-    state, grads, params, table = trial.at_rest(owner)
+    state, grads, params, table = trial.at_rest(owner, scale)
     step = RestStep(
         trial.tx, trial.treedef, trial.layout, is_counter, state, grads, params, trial.extra_args,
         table, owner,

@@ -138,4 +138,4 @@ def _rounded_update(update: jax.Array, param: jax.Array, key: jax.Array) -> jax.
     noise = jax.random.bits(key, target.shape, jnp.uint16).astype(jnp.uint32)
     bits = jax.lax.bitcast_convert_type(target, jnp.uint32) + noise
     cut = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFF0000), jnp.float32)
-    return jnp.where(jnp.isfinite(target), cut, target) - start
+    return jnp.where(jnp.isfinite(target), cut - start, update)
