@@ -5,6 +5,7 @@ from jaxaccum._accumulator import apply, grow, merge, num_accumulated, set_step,
 from jaxaccum._lazy_rows import lazy_rows
 from jaxaccum._rowwise_adagrad import rowwise_adagrad
 from jaxaccum._slices import IndexedSlices
+from jaxaccum._sparse_grad import value_and_sparse_grad
 from jaxaccum._state import AccumulatorState, Verdict, init
 from jaxaccum._transforms import apply_updates
 
@@ -24,4 +25,5 @@ __all__ = [
     "rowwise_adagrad",
     "set_step",
     "take",
+    "value_and_sparse_grad",
 ]

@@ -50,6 +50,13 @@ class AccumulateState:
       global_step: int32 ``[]``, how often the wrapped transform has run.
       verdict: int32 ``[]``, the `Verdict` on the last gradient.
       verdict_counts: int32 ``[4]``, gradients by `Verdict` since ``init``.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum, optax
+      >>> tx = jaxaccum.accumulate(optax.sgd(1.0), 2, tables=True, capacity=3)
+      >>> state = tx.init(jnp.zeros((4, 1)))
+      >>> state.sums.capacity, state.num_accumulated
+      (3, Array(0, dtype=int32))
     """
 
     sums: PyTree

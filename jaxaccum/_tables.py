@@ -44,13 +44,13 @@ def select_tables(tables: Any, tree: Any) -> Any:
 
 
 def _broadcast(prefix: Any, tree: Any) -> Any:
+    leaves = jax.tree.map(lambda _: True, tree, is_leaf=_is_slices)
     try:
-        return jax.tree.broadcast(prefix, tree, is_leaf=_is_slices)
+        return jax.tree.broadcast(prefix, leaves)
     except ValueError as error:
         raise ValueError(
             "tables must match the tree it selects from, or be a prefix of it; got "
-            f"{jax.tree.structure(prefix)} for {jax.tree.structure(tree, is_leaf=_is_slices)}: "
-            f"{error}"
+            f"{jax.tree.structure(prefix)} for {jax.tree.structure(leaves)}: {error}"
         ) from None
 
 
