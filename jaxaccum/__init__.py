@@ -1,20 +1,29 @@
 """jaxaccum: sparse-gradient accumulation for JAX."""
 
+from jaxaccum._accumulate import AccumulateState, accumulate
 from jaxaccum._accumulator import apply, grow, merge, num_accumulated, set_step, take
+from jaxaccum._lazy_rows import lazy_rows
+from jaxaccum._rowwise_adagrad import rowwise_adagrad
 from jaxaccum._slices import IndexedSlices
 from jaxaccum._sparse_grad import value_and_sparse_grad
 from jaxaccum._sparse_ops import sparse_add, sparse_add_grad, sparse_add_jvp, sparse_slice, sparse_slice_grad, sparse_slice_jvp
 from jaxaccum._state import AccumulatorState, Verdict, init
+from jaxaccum._transforms import apply_updates
 
 __all__ = [
+    "AccumulateState",
     "AccumulatorState",
     "IndexedSlices",
     "Verdict",
+    "accumulate",
     "apply",
+    "apply_updates",
     "grow",
     "init",
+    "lazy_rows",
     "merge",
     "num_accumulated",
+    "rowwise_adagrad",
     "set_step",
     "sparse_add",
     "sparse_add_grad",

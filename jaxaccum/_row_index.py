@@ -88,7 +88,11 @@ class DirectMap:
             rank = _rank_in_bitmap(held, rows)
             order = jnp.full(capacity, NOWHERE, jnp.int32).at[rank].set(slot, mode="drop")
         else:
-            order = self.slots.at[jnp.sort(held)].get(mode="fill", fill_value=NOWHERE)
+            held = jnp.sort(held)
+            order = self.slots.at[held].get(mode="fill", fill_value=NOWHERE)
+            # Every row held has a slot. Reading this off the slots lets the look-up feed the
+            # scatter below; otherwise XLA copies the map where the two stand in a conditional.
+            held = jnp.where(order == NOWHERE, NOWHERE, held)
         return DirectMap(self.slots.at[held].set(NOWHERE, mode="drop")), order
 
 

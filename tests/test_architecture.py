@@ -17,7 +17,28 @@ import jaxaccum
 PACKAGE = pathlib.Path(jaxaccum.__file__).parent
 SOURCES = sorted(PACKAGE.glob("*.py"))
 # Imports run downhill: a room may only use rooms that stand before it.
-ORDER = ["_slices", "_row_index", "_state", "_accumulator", "__init__"]
+ORDER = [
+    "_slices",
+    "_tables",
+    "_row_index",
+    "_state",
+    "_accumulator",
+    "_sparse_terms",
+    "_sparse_rules",
+    "_sparse_calls",
+    "_sparse_walk",
+    "_sparse_grad",
+    "_optax",
+    "_unique_rows",
+    "_row_layout",
+    "_row_separable",
+    "_catch_up",
+    "_lazy_rows",
+    "_transforms",
+    "_rowwise_adagrad",
+    "_accumulate",
+    "__init__",
+]
 
 
 def imports(tree):

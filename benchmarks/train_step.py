@@ -1,0 +1,179 @@
+"""A whole training step, from losses to updated rows: four micro-batches, one step of Adam.
+
+A small model looks 4,096 ids up in a table of 64 floats a row, four times, and takes one step. Each
+is one jitted function of donated parameters and state, in one process and in turns:
+
+* ``lazy``: ``value_and_sparse_grad``, ``accumulate(optax.adam)``, ``apply_updates``
+* ``catch_up``: the same with ``lazy_rows(optax.adam, catch_up=True)``
+* ``multi_steps``: ``jax.value_and_grad`` and ``optax.MultiSteps(optax.adam)``
+* ``dense``: ``jax.value_and_grad`` summed over the micro-batches by hand, then ``optax.adam``
+* ``torch``: ``nn.Embedding(sparse=True)`` and ``SparseAdam``, where PyTorch is installed
+
+``held_mb`` is what the compiled step holds at its peak, inputs and outputs included.
+
+    python -m benchmarks.train_step [--rows 100000 1000000] [--peers lazy multi_steps torch]
+    python -m benchmarks.train_step --crossing
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxaccum
+from benchmarks import harness
+
+WIDTH, BATCH, MICRO_BATCHES = 64, 4096, 4
+TABLES = {"hidden": False, "table": True}
+
+
+def loss(params: dict[str, jax.Array], ids: jax.Array) -> jax.Array:
+    return jnp.mean((params["table"][ids] @ params["hidden"] - 1.0) ** 2)
+
+
+def init(rows: int) -> dict[str, jax.Array]:
+    keys = jax.random.split(jax.random.key(0), 2)
+    return {
+        "hidden": jax.random.normal(keys[0], (WIDTH,)) / 8,
+        "table": jax.random.normal(keys[1], (rows, WIDTH)),
+    }
+
+
+def scanned(tx: Any, grad_fn: Callable[..., Any], apply_updates: Callable[..., Any]) -> Any:
+    def step(params: Any, state: Any, ids: jax.Array) -> Any:
+        def micro_step(carry: Any, ids: jax.Array) -> Any:
+            value, grads = grad_fn(carry[0], ids)
+            updates, state = tx.update(grads, carry[1], carry[0])
+            return (apply_updates(carry[0], updates), state), value
+
+        return jax.lax.scan(micro_step, (params, state), ids)[0]
+
+    return tx.init, step
+
+
+def lazy(catch_up: bool = False) -> Any:
+    tx = jaxaccum.accumulate(
+        jaxaccum.lazy_rows(optax.adam(1e-3), catch_up=catch_up),
+        MICRO_BATCHES,
+        tables=TABLES,
+        capacity=MICRO_BATCHES * BATCH,
+    )
+    grad_fn = jaxaccum.value_and_sparse_grad(loss, tables=TABLES)
+    return scanned(tx, grad_fn, jaxaccum.apply_updates)
+
+
+def multi_steps() -> Any:
+    tx = optax.MultiSteps(optax.adam(1e-3), MICRO_BATCHES)
+    return scanned(tx, jax.value_and_grad(loss), optax.apply_updates)
+
+
+def dense() -> Any:
+    tx = optax.adam(1e-3)
+
+    def step(params: Any, state: Any, ids: jax.Array) -> Any:
+        def add(total: Any, ids: jax.Array) -> Any:
+            return jax.tree.map(jnp.add, total, jax.grad(loss)(params, ids)), None
+
+        total, _ = jax.lax.scan(add, jax.tree.map(jnp.zeros_like, params), ids)
+        mean = jax.tree.map(lambda g: g / MICRO_BATCHES, total)
+        updates, state = tx.update(mean, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return tx.init, step
+
+
+JAX_PEERS: dict[str, Callable[[], Any]] = {
+    "lazy": lazy,
+    "catch_up": functools.partial(lazy, catch_up=True),
+    "multi_steps": multi_steps,
+    "dense": dense,
+}
+
+
+def jax_stepper(peer: str, rows: int, batches: list[np.ndarray]) -> tuple[Callable[[], Any], float]:
+    """The compiled step, run on one batch after the other, and what it holds in MB."""
+    tx_init, step = JAX_PEERS[peer]()
+    params = init(rows)
+    carry = [params, jax.jit(tx_init)(params)]
+    ids = [jnp.asarray(batch) for batch in batches]
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*carry, ids[0]).compile()
+    memory = compiled.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    held += memory.output_size_in_bytes - memory.alias_size_in_bytes
+    turn = iter(range(1 << 30))
+
+    def run() -> Any:
+        carry[:] = compiled(*carry, ids[next(turn) % len(ids)])
+        return carry
+
+    return run, held / 1e6
+
+
+def torch_stepper(rows: int, batches: list[np.ndarray]) -> Callable[[], Any]:
+    import torch
+
+    table = torch.nn.Embedding(rows, WIDTH, sparse=True)
+    hidden = torch.nn.Parameter(torch.randn(WIDTH) / 8)
+    optimizers = [
+        torch.optim.SparseAdam(list(table.parameters()), lr=1e-3),
+        torch.optim.Adam([hidden], lr=1e-3),
+    ]
+    ids = [torch.from_numpy(batch.astype(np.int64)) for batch in batches]
+    turn = iter(range(1 << 30))
+
+    def run() -> None:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        for micro_batch in ids[next(turn) % len(ids)]:
+            value = ((table(micro_batch) @ hidden - 1.0) ** 2).mean() / MICRO_BATCHES
+            value.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+    return run
+
+
+def compare(rows: int, peers: list[str], repeats: int) -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    batches = [rng.integers(0, rows, (MICRO_BATCHES, BATCH)).astype(np.int32) for _ in range(4)]
+    steps, held = {}, {}
+    for peer in peers:
+        if peer == "torch":
+            steps[peer] = torch_stepper(rows, batches)
+        else:
+            steps[peer], held[peer] = jax_stepper(peer, rows, batches)
+    times = harness.interleaved_ms(steps, repeats=repeats, warmup=2)
+    row: dict[str, Any] = {"rows": rows}
+    row.update({f"{peer}_ms": round(value, 3) for peer, value in times.items()})
+    row.update({f"{peer}_held_mb": round(value, 1) for peer, value in held.items()})
+    for peer in peers:
+        if peer != "lazy":
+            row[f"{peer}_over_lazy"] = round(times[peer] / times["lazy"], 2)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
+    parser.add_argument("--peers", nargs="+", default=[*JAX_PEERS, "torch"])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--name", default="train_step")
+    parser.add_argument("--crossing", action="store_true", help="where the dense step wins")
+    args = parser.parse_args()
+    if args.crossing:
+        args.rows, args.peers = [2**k for k in range(11, 19)], ["lazy", "multi_steps", "dense"]
+        args.name, args.repeats = "train_step_crossing", 21
+    rows = [compare(rows, args.peers, args.repeats) for rows in args.rows]
+    note = f"{MICRO_BATCHES} micro-batches of {BATCH} uniform ids, rows of {WIDTH} float32, Adam"
+    harness.report(args.name, rows, note=note)
+
+
+if __name__ == "__main__":
+    main()
