@@ -229,6 +229,7 @@ def _take(
         num_rows=jnp.where(ready, 0, state.num_rows),
         num_accumulated=jnp.where(ready, 0, state.num_accumulated),
         global_step=state.global_step + ready.astype(jnp.int32),
+        num_shared=jnp.where(ready, 0, state.num_shared),
         row_index=row_index,
     )
     return taken, IndexedSlices(indices, values, state.dense_shape), ready
@@ -256,6 +257,8 @@ def _merge(state: AccumulatorState, other: AccumulatorState) -> tuple[Accumulato
             state.verdict_counts + other.verdict_counts,
             _counted(state.verdict_counts, verdict),
         ),
+        num_shared=state.num_shared + jnp.where(fits, other.num_shared, 0),
+        shared_verdicts=state.shared_verdicts + jnp.where(fits, other.shared_verdicts, 0),
     ), verdict
 
 
