@@ -89,7 +89,11 @@ class DirectMap:
             order = jnp.full(capacity, NOWHERE, jnp.int32).at[rank].set(slot, mode="drop")
         else:
             order = self.slots.at[jnp.sort(held)].get(mode="fill", fill_value=NOWHERE)
-        return DirectMap(self.slots.at[held].set(NOWHERE, mode="drop")), order
+        return self.release(held), order
+
+    def release(self, ids: jax.Array) -> DirectMap:
+        """Returns the map without the rows ``ids``, all of them held or NOWHERE."""
+        return DirectMap(self.slots.at[ids].set(NOWHERE, mode="drop"))
 
 
 # A sort of the held ids costs about 30 ns a slot on a CPU, a bitmap about 0.1 ns a row.
@@ -221,7 +225,10 @@ def _insert(
         active &= keys.at[candidate].get(mode="fill", fill_value=NOWHERE) != ids
         return keys, jnp.where(active, _advance(place, step, num_places), place), active
 
-    keys, place, active = jax.lax.while_loop(unfinished, probe, (keys, first, ids != NOWHERE))
+    # The first round stands before the loop: what it returns varies over the mesh axes of keys and
+    # ids both, as the carry of a loop under `jax.shard_map` must from the start.
+    start = probe((keys, first, ids != NOWHERE))
+    keys, place, active = jax.lax.while_loop(unfinished, probe, start)
     return keys, jnp.where((ids == NOWHERE) | active, NOWHERE, place), ~jnp.any(active)
 
 
@@ -234,5 +241,6 @@ def _find(keys: jax.Array, ids: jax.Array) -> jax.Array:
         active &= keys.at[jnp.where(active, place, NOWHERE)].get(mode="fill", fill_value=0) != ids
         return jnp.where(active, _advance(place, step, keys.shape[0]), place), active
 
-    place, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), probe, (first, ids != NOWHERE))
+    start = probe((first, ids != NOWHERE))  # see _insert
+    place, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), probe, start)
     return jnp.where(ids == NOWHERE, NOWHERE, place)
