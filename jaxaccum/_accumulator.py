@@ -55,7 +55,7 @@ def apply(
     or unique, and negative indices are refused.
     """
     grad = _slices.as_device_slices(grad)
-    _check_matches(state, grad)
+    check_matches(state, grad)
     step = None if local_step is None else as_int32(local_step, "local_step")
     return _apply(state, grad, step)
 
@@ -368,7 +368,7 @@ def counted(verdict_counts: jax.Array, verdict: ArrayLike) -> jax.Array:
     return verdict_counts + (jnp.arange(len(Verdict), dtype=jnp.int32) == verdict).astype(jnp.int32)
 
 
-def _check_matches(state: AccumulatorState, grad: IndexedSlices) -> None:
+def check_matches(state: AccumulatorState, grad: IndexedSlices) -> None:
     if grad.values.dtype != state.dtype:
         raise TypeError(f"grad.values must be {state.dtype} as the state, got {grad.values.dtype}")
     if grad.values.shape[1:] != state.dense_shape[1:]:
