@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from typing import Any
 
 import jax
@@ -199,9 +200,12 @@ def _check_alike(description: str) -> None:
     """
     if jax.process_count() == 1:
         return
-    text = np.frombuffer(description.encode()[:256].ljust(256), np.uint8)
-    texts = multihost_utils.process_allgather(text)
-    told = [bytes(row).decode(errors="replace").strip() for row in texts]
+    # The digest stands for what does not fit.
+    text = hashlib.sha256(description.encode()).digest() + description.encode()[:224].ljust(224)
+    told = [bytes(row) for row in multihost_utils.process_allgather(np.frombuffer(text, np.uint8))]
     if len(set(told)) > 1:
-        listed = "; ".join(f"process {i}: {each}" for i, each in enumerate(told))
+        listed = "; ".join(
+            f"process {i}: {each[32:].decode(errors='replace').strip()}"
+            for i, each in enumerate(told)
+        )
         raise ValueError(f"all processes must pass the same, got {listed}")

@@ -87,7 +87,9 @@ def shard_apply(
     refused = jnp.where(all_fit, jnp.int32(Verdict.ACCEPTED), jnp.int32(Verdict.OVERFLOW))
     verdict = jnp.where(verdict == Verdict.ACCEPTED, refused, verdict)
     kinds = jnp.arange(len(Verdict), dtype=jnp.int32)
-    tally = jnp.sum(all_gather(verdict, axis_name)[:, None] == kinds, axis=0, dtype=jnp.int32)
+    tally = jnp.sum(
+        all_gather(verdict, axis_name)[:, None] == kinds[None, :], axis=0, dtype=jnp.int32
+    )
     return dataclasses.replace(
         state,
         num_accumulated=state.num_accumulated + tally[Verdict.ACCEPTED],
