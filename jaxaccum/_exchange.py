@@ -140,10 +140,11 @@ def union(
     return Union(
         rows=rows,
         num_accumulated=jnp.where(
-            tally.is_merged, tally.num_shared[0], jnp.sum(tally.num_accumulated)
+            tally.is_merged, tally.num_shared[0], jnp.sum(tally.num_accumulated, dtype=jnp.int32)
         ),
         global_step=jnp.max(tally.global_step),
-        verdict_counts=jnp.max(tally.shared_verdicts, axis=0) + jnp.sum(news, axis=0),
+        verdict_counts=jnp.max(tally.shared_verdicts, axis=0)
+        + jnp.sum(news, axis=0, dtype=jnp.int32),
         verdict=verdict,
     )
 

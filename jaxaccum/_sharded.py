@@ -129,7 +129,7 @@ def shard_lookup(
     num_devices = axis_size(axis_name)
     rows = shard.shape[0] * num_devices
     # A gradient without columns: its ids are checked and read as those of any other.
-    asked = IndexedSlices(ids, jnp.zeros((jnp.shape(ids)[0], 0)), (rows, 0))
+    asked = IndexedSlices(ids, jnp.zeros((jnp.shape(ids)[0], 0), jnp.float32), (rows, 0))
     wanted, is_invalid = _accumulator.table_rows(_slices.as_device_slices(asked), rows)
     route = _route(wanted, shard.shape[0], num_devices, bucket)
     found = shard.at[_delivered(route, route.local_ids, NOWHERE, axis_name)].get(
@@ -166,7 +166,7 @@ def _route(ids: jax.Array, shard_length: int, num_devices: int, bucket: int | No
     owner = ids // max(shard_length, 1)
     is_owner = owner[None, :] == jnp.arange(num_devices, dtype=jnp.int32)[:, None]
     ranks, sent = jax.vmap(rank_true)(is_owner & (ids != NOWHERE)[None, :])
-    rank = jnp.sum(jnp.where(is_owner, ranks, 0), axis=0)
+    rank = jnp.sum(jnp.where(is_owner, ranks, 0), axis=0, dtype=jnp.int32)
     place = jnp.where((ids != NOWHERE) & (rank < bucket), owner * bucket + rank, NOWHERE)
     position = jnp.arange(ids.shape[0], dtype=jnp.int32)
     source = jnp.full(num_devices * bucket, NOWHERE, jnp.int32).at[place].set(position, mode="drop")

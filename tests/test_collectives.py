@@ -194,7 +194,7 @@ def test_axes_can_be_merged_one_at_a_time():
         return by_host, held_sum(merged)
 
     def held_sum(state):
-        used = jnp.arange(state.capacity) < state.num_rows
+        used = jnp.arange(state.capacity, dtype=jnp.int32) < state.num_rows
         return jnp.sum(jnp.where(used[:, None], state.values, 0))
 
     values = np.repeat(np.arange(NUM_DEVICES, dtype=np.float32), 2).reshape(NUM_DEVICES, 2, 1)
@@ -228,7 +228,7 @@ def test_what_is_taken_leaves_shard_map_as_replicated():
     step = jax.jit(jax.shard_map(step, mesh=devices.MESHES["data"], **specs))
     values = np.ones((NUM_DEVICES, 2, 1), np.float32)
     args = spread((disjoint_ids(16), values), "shard_map")
-    table, ready, verdict = step(jnp.ones((ROWS, 1)), *args)
+    table, ready, verdict = step(jnp.ones((ROWS, 1), jnp.float32), *args)
     assert table.ravel().tolist() == [0] * 16 + [1] * 8
     assert ready
     assert verdict == Verdict.ACCEPTED

@@ -234,7 +234,7 @@ def test_a_table_its_optimizer_and_its_accumulator_live_in_shards():
 def test_only_empty_accumulators_are_copied_and_their_verdicts_count_once():
     mesh = devices.MESHES[("host", "core")]
     state = jaxaccum.init((ROWS, 1), capacity=4)
-    grad = IndexedSlices(jnp.array([3]), jnp.ones((1, 1)), (ROWS, 1))
+    grad = IndexedSlices(jnp.array([3]), jnp.ones((1, 1), jnp.float32), (ROWS, 1))
     full, _ = jaxaccum.apply(state, grad)
     with pytest.raises(ValueError, match="must hold no gradients to be copied, got num_accum"):
         jaxaccum.per_device(full, mesh, "core")
@@ -261,11 +261,11 @@ def test_wrong_calls_say_what_is_wrong():
         jaxaccum.per_device(jaxaccum.init((40, 2), capacity=3), mesh, ("data", "rows"))
 
     state = jaxaccum.init((5, 2), capacity=3)
-    grad = IndexedSlices(jnp.array([3]), jnp.ones((1, 2)), (ROWS, 2))
+    grad = IndexedSlices(jnp.array([3]), jnp.ones((1, 2), jnp.float32), (ROWS, 2))
     with pytest.raises(ValueError, match="maps over here, which are none, got 'data'"):
         jaxaccum.shard_apply(state, grad, "data")
     with pytest.raises(ValueError, match="maps over here, which are none, got 'data'"):
-        jaxaccum.shard_lookup(jnp.ones((5, 2)), jnp.array([3]), "data")
+        jaxaccum.shard_lookup(jnp.ones((5, 2), jnp.float32), jnp.array([3]), "data")
 
     def apply(grad, state=state, **options):
         return on_devices(
