@@ -2,8 +2,11 @@
 
 from jaxaccum._accumulate import AccumulateState, accumulate
 from jaxaccum._accumulator import apply, grow, merge, num_accumulated, set_step, take
+from jaxaccum._collectives import all_merge, all_take
 from jaxaccum._lazy_rows import lazy_rows
+from jaxaccum._placement import per_device, row_specs, shard_init, shard_rows
 from jaxaccum._rowwise_adagrad import rowwise_adagrad
+from jaxaccum._sharded import shard_apply, shard_lookup
 from jaxaccum._slices import IndexedSlices
 from jaxaccum._sparse_grad import value_and_sparse_grad
 from jaxaccum._sparse_ops import sparse_add, sparse_add_grad, sparse_add_jvp, sparse_slice, sparse_slice_grad, sparse_slice_jvp
@@ -16,6 +19,8 @@ __all__ = [
     "IndexedSlices",
     "Verdict",
     "accumulate",
+    "all_merge",
+    "all_take",
     "apply",
     "apply_updates",
     "grow",
@@ -23,8 +28,14 @@ __all__ = [
     "lazy_rows",
     "merge",
     "num_accumulated",
+    "per_device",
+    "row_specs",
     "rowwise_adagrad",
     "set_step",
+    "shard_apply",
+    "shard_init",
+    "shard_lookup",
+    "shard_rows",
     "sparse_add",
     "sparse_add_grad",
     "sparse_add_jvp",

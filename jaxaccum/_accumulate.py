@@ -204,7 +204,7 @@ def _add_gradient(
     sums, verdict = _admit(sums, grads, state.global_step, local_step)
     sums, verdict = _add_to_sums(sums, grads, verdict)
     _raise_if_refused(verdict, state)
-    counts = _accumulator._counted(state.verdict_counts, verdict)
+    counts = _accumulator.counted(state.verdict_counts, verdict)
     return dataclasses.replace(
         state,
         sums=jax.tree.unflatten(treedef, [_with_counts(total, counts) for total in sums]),
@@ -243,7 +243,7 @@ def _admit(
     if local_step is not None:
         is_stale = jnp.asarray(as_int32(local_step, "local_step")) < global_step
     tables = [i for i, total in enumerate(sums) if _is_accumulator(total)]
-    rows = [_accumulator._table_rows(grads[i], sums[i].dense_shape[0]) for i in tables]
+    rows = [_accumulator.table_rows(grads[i], sums[i].dense_shape[0]) for i in tables]
     is_invalid = functools.reduce(jnp.logical_or, [bad for _, bad in rows], jnp.bool_(False))
     fits = jnp.bool_(True)
     if len(tables) > 1:

@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 from jaxaccum import _row_index, _slices
 from jaxaccum._row_index import NOWHERE
 from jaxaccum._slices import IndexedSlices
-from jaxaccum._state import AccumulatorState, Verdict, as_int32, init
+from jaxaccum._state import AccumulatorState, Reduction, Verdict, as_int32, init
 
 
 def apply(
@@ -55,7 +55,7 @@ def apply(
     or unique, and negative indices are refused.
     """
     grad = _slices.as_device_slices(grad)
-    _check_matches(state, grad)
+    check_matches(state, grad)
     step = None if local_step is None else as_int32(local_step, "local_step")
     return _apply(state, grad, step)
 
@@ -197,7 +197,7 @@ def _apply(
     state: AccumulatorState, grad: IndexedSlices, local_step: jax.Array | None
 ) -> tuple[AccumulatorState, jax.Array]:
     is_stale = jnp.bool_(False) if local_step is None else local_step < state.global_step
-    ids, is_invalid = _table_rows(grad, state.dense_shape[0])
+    ids, is_invalid = table_rows(grad, state.dense_shape[0])
     ids = jnp.where(is_stale | is_invalid, NOWHERE, ids)
     state, fits = _add_rows(state, ids, grad.values, jnp.int32(1))
     verdict = jnp.select(
@@ -208,7 +208,7 @@ def _apply(
     return dataclasses.replace(
         state,
         num_accumulated=state.num_accumulated + (verdict == Verdict.ACCEPTED).astype(jnp.int32),
-        verdict_counts=_counted(state.verdict_counts, verdict),
+        verdict_counts=counted(state.verdict_counts, verdict),
     ), verdict
 
 
@@ -229,6 +229,7 @@ def _take(
         num_rows=jnp.where(ready, 0, state.num_rows),
         num_accumulated=jnp.where(ready, 0, state.num_accumulated),
         global_step=state.global_step + ready.astype(jnp.int32),
+        num_shared=jnp.where(ready, 0, state.num_shared),
         row_index=row_index,
     )
     return taken, IndexedSlices(indices, values, state.dense_shape), ready
@@ -254,8 +255,10 @@ def _merge(state: AccumulatorState, other: AccumulatorState) -> tuple[Accumulato
         verdict_counts=jnp.where(
             fits,
             state.verdict_counts + other.verdict_counts,
-            _counted(state.verdict_counts, verdict),
+            counted(state.verdict_counts, verdict),
         ),
+        num_shared=state.num_shared + jnp.where(fits, other.num_shared, 0),
+        shared_verdicts=state.shared_verdicts + jnp.where(fits, other.shared_verdicts, 0),
     ), verdict
 
 
@@ -287,6 +290,18 @@ def _add_rows(
         ids = jnp.full(1, NOWHERE, jnp.int32)
         values = jnp.zeros((1, *values.shape[1:]), values.dtype)
     row_index, claim = state.row_index.claim(ids, state.num_rows, state.capacity)
+    state = dataclasses.replace(state, row_index=row_index)
+    return add_claimed(state, claim, ids, values, touches), claim.fits
+
+
+def add_claimed(
+    state: AccumulatorState,
+    claim: _row_index.Claim,
+    ids: jax.Array,
+    values: jax.Array,
+    touches: jax.Array,
+) -> AccumulatorState:
+    """Adds to rows whose slots the state's index has already given in ``claim``."""
     dropped = state.capacity + jnp.arange(ids.shape[0], dtype=jnp.int32)
     new = jnp.where(claim.is_first & claim.fits, claim.slot, dropped)
     # The first slice of a new row overwrites what the slot was left with, which spares zeroing the
@@ -302,23 +317,28 @@ def _add_rows(
         values=sums,
         counts=state.counts.at[claim.slot].set(counts, mode="drop"),
         num_rows=state.num_rows + jnp.where(claim.fits, claim.num_new, 0),
-        row_index=row_index,
-    ), claim.fits
+    )
 
 
 def _reduced(state: AccumulatorState, order: jax.Array) -> jax.Array:
     """The sums of slots ``order``, divided as the reduction says; zero for NOWHERE."""
     sums = state.values.at[order].get(mode="fill", fill_value=0)
-    if state.reduction == "mean":
-        counts = state.counts.at[order].get(mode="fill", fill_value=1)
-    elif state.reduction == "mean_per_gradient":
-        counts = jnp.broadcast_to(jnp.maximum(state.num_accumulated, 1), order.shape)
-    elif jnp.issubdtype(sums.dtype, jnp.integer):
+    counts = state.counts.at[order].get(mode="fill", fill_value=1)
+    return reduced(sums, counts, state.num_accumulated, state.reduction)
+
+
+def reduced(
+    sums: jax.Array, counts: jax.Array, num_accumulated: jax.Array, reduction: Reduction
+) -> jax.Array:
+    """Divides ``sums`` of rows touched ``counts >= 1`` times as the reduction says."""
+    if reduction == "mean_per_gradient":
+        counts = jnp.broadcast_to(jnp.maximum(num_accumulated, 1), counts.shape)
+    elif reduction == "sum" and jnp.issubdtype(sums.dtype, jnp.integer):
         return sums
-    else:
+    elif reduction == "sum":
         # XLA's CPU backend gathers on one core unless there is arithmetic to share out: a division
         # by a one that it cannot see through takes 33 ms where the plain gather takes 50.
-        counts = jnp.broadcast_to(jnp.where(state.num_accumulated > 0, 1, 2), order.shape)
+        counts = jnp.broadcast_to(jnp.where(num_accumulated > 0, 1, 2), counts.shape)
     counts = jnp.broadcast_to(counts.reshape(-1, *[1] * (sums.ndim - 1)), sums.shape)
     if jnp.issubdtype(sums.dtype, jnp.integer):
         # In 32 bits at least, for a count need not fit a short integer; div truncates toward zero.
@@ -337,7 +357,7 @@ def _quotient(sums: jax.Array, counts: jax.Array) -> jax.Array:
     return sums / jnp.where(jnp.isnan(sums), jnp.ones_like(counts), counts)
 
 
-def _table_rows(grad: IndexedSlices, rows: int | None) -> tuple[jax.Array, jax.Array]:
+def table_rows(grad: IndexedSlices, rows: int | None) -> tuple[jax.Array, jax.Array]:
     """Row of each slice, NOWHERE for padding, and whether any index is out of range."""
     padding = grad.padding_index
     limit = padding if rows is None else min(rows, padding)
@@ -347,11 +367,12 @@ def _table_rows(grad: IndexedSlices, rows: int | None) -> tuple[jax.Array, jax.A
     return ids, jnp.any(~(in_range | is_padding))
 
 
-def _counted(verdict_counts: jax.Array, verdict: ArrayLike) -> jax.Array:
+def counted(verdict_counts: jax.Array, verdict: ArrayLike) -> jax.Array:
+    """``verdict_counts`` with one more of ``verdict``."""
     return verdict_counts + (jnp.arange(len(Verdict), dtype=jnp.int32) == verdict).astype(jnp.int32)
 
 
-def _check_matches(state: AccumulatorState, grad: IndexedSlices) -> None:
+def check_matches(state: AccumulatorState, grad: IndexedSlices) -> None:
     if grad.values.dtype != state.dtype:
         raise TypeError(f"grad.values must be {state.dtype} as the state, got {grad.values.dtype}")
     if grad.values.shape[1:] != state.dense_shape[1:]:

@@ -225,7 +225,10 @@ def _insert(
         active &= keys.at[candidate].get(mode="fill", fill_value=NOWHERE) != ids
         return keys, jnp.where(active, _advance(place, step, num_places), place), active
 
-    keys, place, active = jax.lax.while_loop(unfinished, probe, (keys, first, ids != NOWHERE))
+    # The first round stands before the loop: what it returns varies over the mesh axes of keys and
+    # ids both, as the carry of a loop under `jax.shard_map` must from the start.
+    start = probe((keys, first, ids != NOWHERE))
+    keys, place, active = jax.lax.while_loop(unfinished, probe, start)
     return keys, jnp.where((ids == NOWHERE) | active, NOWHERE, place), ~jnp.any(active)
 
 
@@ -238,5 +241,6 @@ def _find(keys: jax.Array, ids: jax.Array) -> jax.Array:
         active &= keys.at[jnp.where(active, place, NOWHERE)].get(mode="fill", fill_value=0) != ids
         return jnp.where(active, _advance(place, step, keys.shape[0]), place), active
 
-    place, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), probe, (first, ids != NOWHERE))
+    start = probe((first, ids != NOWHERE))  # see _insert
+    place, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), probe, start)
     return jnp.where(ids == NOWHERE, NOWHERE, place)

@@ -41,6 +41,8 @@ class Verdict(enum.IntEnum):
         "num_accumulated",
         "global_step",
         "verdict_counts",
+        "num_shared",
+        "shared_verdicts",
         "row_index",
     ],
     meta_fields=["dense_shape", "dtype", "reduction"],
@@ -60,6 +62,9 @@ class AccumulatorState:
       num_accumulated: int32 ``[]``, gradients accepted since the last `take`.
       global_step: int32 ``[]``; gradients computed at an earlier step are stale.
       verdict_counts: int32 ``[4]``, gradients by `Verdict` since `init`.
+      num_shared: int32 ``[]``, how many of ``num_accumulated`` an `all_merge` gave to every device.
+      shared_verdicts: int32 ``[4]``, the part of ``verdict_counts`` that every device has in common
+        since an `all_merge`; the next one counts it once.
       row_index: where each row lives.
       dense_shape: shape of the whole gradient, ``(rows or None, *row)``. Static.
       dtype: of the gradients that come in and go out. Static.
@@ -73,6 +78,8 @@ class AccumulatorState:
     num_accumulated: jax.Array
     global_step: jax.Array
     verdict_counts: jax.Array
+    num_shared: jax.Array
+    shared_verdicts: jax.Array
     row_index: _row_index.DirectMap | _row_index.HashTable
     dense_shape: tuple[int | None, ...]
     dtype: np.dtype
@@ -146,6 +153,8 @@ def init(
         num_accumulated=jnp.int32(0),
         global_step=jnp.asarray(as_int32(global_step, "global_step")),
         verdict_counts=jnp.zeros(len(Verdict), jnp.int32),
+        num_shared=jnp.int32(0),
+        shared_verdicts=jnp.zeros(len(Verdict), jnp.int32),
         row_index=_row_index.HashTable.empty(capacity)
         if rows is None
         else _row_index.DirectMap.empty(rows),

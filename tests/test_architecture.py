@@ -37,6 +37,10 @@ ORDER = [
     "_transforms",
     "_rowwise_adagrad",
     "_accumulate",
+    "_exchange",
+    "_collectives",
+    "_sharded",
+    "_placement",
     "__init__",
 ]
 

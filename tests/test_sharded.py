@@ -1,0 +1,287 @@
+"""Tables in shards on eight devices, against oracles that know no shards."""
+
+import devices
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from devices import NUM_DEVICES, bits, copies, device, on_devices, spread
+from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
+
+import jaxaccum
+from jaxaccum import IndexedSlices, Verdict
+
+ROWS, SIZE, STEPS = 5 * NUM_DEVICES, 4, 3  # five rows a shard
+KINDS = ("full", "full", "ragged", "empty", "stale", "invalid", "one_owner")
+
+
+def gradient(kind, rng):
+    ids = rng.integers(10 if kind == "one_owner" else 0, 15 if kind == "one_owner" else ROWS, SIZE)
+    ids[{"ragged": SIZE // 2, "empty": 0}.get(kind, SIZE) :] = ROWS
+    if kind == "invalid":
+        ids[1] = ROWS + 1
+    return ids.astype(np.int32), rng.integers(-9, 10, (SIZE, 2)).astype(np.int32)
+
+
+def training(bucket, axis_name, state, batches):
+    def step(state, batch):
+        ids, values, is_stale = batch
+        grad = IndexedSlices(ids, values, (ROWS, 2))
+        before = state.global_step - is_stale
+        state, verdict = jaxaccum.shard_apply(state, grad, axis_name, before, bucket=bucket)
+        state, taken, ready = jaxaccum.take(state, 12)
+        return state, (verdict, taken, ready)
+
+    return jax.lax.scan(step, state, batches)
+
+
+programs = {
+    (way, bucket, capacity): on_devices(
+        lambda axis_name, state, batches, bucket=bucket: training(
+            bucket, axis_name, state, batches
+        ),
+        way,
+        donate=0,
+    )
+    for way, bucket, capacity in [("pmap", 2, 5), ("shard_map", None, 4), ("two_axes", 3, 5)]
+}
+
+
+class Shards:
+    """One oracle for the whole table, and what the shards and their buckets have room for."""
+
+    def __init__(self, capacity, bucket):
+        self.whole = oracle.Oracle(ROWS, ROWS, dtype=np.int32)
+        self.capacity, self.bucket = capacity, SIZE if bucket is None else bucket
+
+    def apply(self, grads):
+        """Verdicts of one gradient from each device, ``(ids, values, local_step)``."""
+        good = [g for g in grads if self._trial(g) == oracle.ACCEPTED]
+        rows = [[i for i in ids.tolist() if i != ROWS] for ids, _, _ in good]
+        held = set(self.whole.sums) | {i for ids in rows for i in ids}
+        most_sent = max((ids_of(owner, r) for r in rows for owner in range(NUM_DEVICES)), default=0)
+        most_held = max(ids_of(owner, held) for owner in range(NUM_DEVICES))
+        if most_sent > self.bucket or most_held > self.capacity:
+            verdicts = [self._trial(g) or oracle.OVERFLOW for g in grads]
+            for verdict in verdicts:
+                self.whole.verdicts[verdict] += 1
+            return verdicts
+        return [self.whole.apply(*g) for g in grads]
+
+    def _trial(self, grad):
+        fresh = oracle.Oracle(ROWS, ROWS, dtype=np.int32)
+        fresh.step = self.whole.step
+        return fresh.apply(*grad)
+
+
+def ids_of(owner, ids):
+    return sum(owner * 5 <= i < owner * 5 + 5 for i in ids)
+
+
+@pytest.mark.parametrize(("way", "bucket", "capacity"), programs)
+@hypothesis.given(
+    kinds=st.lists(st.sampled_from(KINDS), min_size=STEPS * 8, max_size=STEPS * 8),
+    seed=st.integers(0, 2**32 - 1),
+)
+@hypothesis.settings(max_examples=12)
+def test_shards_together_equal_one_accumulator(way, bucket, capacity, kinds, seed):
+    rng = np.random.default_rng(seed)
+    kinds = np.reshape(kinds, (NUM_DEVICES, STEPS))
+    drawn = [[gradient(kind, rng) for kind in one] for one in kinds]
+    batches = (
+        *(np.array([[grad[i] for grad in one] for one in drawn]) for i in (0, 1)),
+        (kinds == "stale").astype(np.int32),
+    )
+    state = copies(jaxaccum.init((ROWS // NUM_DEVICES, 2), jnp.int32, capacity=capacity))
+    state, outputs = programs[way, bucket, capacity](spread(state, way), spread(batches, way))
+    model = Shards(capacity, bucket)
+    for step in range(STEPS):
+        verdicts, taken, ready = jax.tree.map(
+            lambda leaf, step=step: np.asarray(leaf)[:, step], outputs
+        )
+        before = model.whole.step - (kinds[:, step] == "stale")
+        expected = model.apply([(*drawn[i][step], before[i]) for i in range(NUM_DEVICES)])
+        assert verdicts.tolist() == expected
+        expected = model.whole.take(12)
+        assert (ready == (expected is not None)).all()
+        rows = dict(zip(*(expected or ([], [])), strict=True))
+        assert global_rows(taken) == {row: value.tolist() for row, value in rows.items()}
+    for i in range(NUM_DEVICES):
+        shard = device(state, i)
+        assert shard.verdict_counts.tolist() == model.whole.verdicts
+        assert shard.num_accumulated == model.whole.num_accumulated
+        assert shard.global_step == model.whole.step
+        used = shard.indices[: shard.num_rows] + 5 * i
+        assert sorted(used) == sorted(r for r in model.whole.sums if r // 5 == i)
+
+
+def global_rows(taken):
+    """All shards' slices, by the rows of the whole table."""
+    rows = {}
+    for i in range(NUM_DEVICES):
+        for row, value in zip(taken.indices[i].tolist(), taken.values[i].tolist(), strict=True):
+            if row < 5:
+                rows[5 * i + row] = value
+    return rows
+
+
+def test_refusal_leaves_every_shard_as_it_was():
+    """The third shard alone has no room; the others give back what they had claimed."""
+
+    def program(axis_name, state, ids, more):
+        def apply(state, ids):
+            grad = IndexedSlices(ids, jnp.ones((SIZE, 2), jnp.int32), (ROWS, 2))
+            return jaxaccum.shard_apply(state, grad, axis_name)
+
+        before, _ = apply(state, ids)
+        return before, *apply(before, more)
+
+    state = copies(jaxaccum.init((ROWS // NUM_DEVICES, 2), jnp.int32, capacity=3))
+    ids = np.tile(np.array([0, 10, 11, 39], np.int32), (NUM_DEVICES, 1))
+    more = np.tile(np.array([1, 12, 13, 38], np.int32), (NUM_DEVICES, 1))
+    before, after, verdict = on_devices(program, "shard_map")(*spread((state, ids, more), "pmap"))
+    assert (np.asarray(verdict) == Verdict.OVERFLOW).all()
+    for i in range(NUM_DEVICES):
+        old, new = bits(device(before, i)), bits(device(after, i))
+        assert {name for name in old if old[name] != new[name]} == {".verdict_counts"}
+    assert (np.asarray(after.verdict_counts) == [8, 0, 8, 0]).all()
+
+
+@pytest.mark.parametrize("way", devices.WAYS)
+def test_rows_are_looked_up_wherever_they_are(way):
+    rng = np.random.default_rng(3)
+    table = rng.standard_normal((ROWS, 3)).astype(np.float32)
+    ids = rng.integers(0, ROWS + 1, (NUM_DEVICES, 11)).astype(np.int32)
+    ids[0] = 7  # all of one owner
+
+    def program(axis_name, shard, ids):
+        return [jaxaccum.shard_lookup(shard, ids, axis_name, bucket=k) for k in (None, 11, 10)]
+
+    shards = table.reshape(NUM_DEVICES, 5, 3)
+    free, ample, tight = on_devices(program, way)(*spread((shards, ids), way))
+    expected = np.concatenate([table, np.zeros((1, 3), np.float32)])[ids]
+    for rows, verdict in (free, ample):
+        assert np.array_equal(rows, expected)
+        assert (np.asarray(verdict) == Verdict.ACCEPTED).all()
+    rows, verdict = tight
+    assert verdict.tolist() == [Verdict.OVERFLOW] + [Verdict.ACCEPTED] * 7
+    expected[0, 10] = 0
+    assert np.array_equal(rows, expected)
+
+
+def test_ids_out_of_range_find_zeros_and_a_verdict():
+    def program(axis_name, shard, ids):
+        return jaxaccum.shard_lookup(shard, ids, axis_name)
+
+    ids = np.full((NUM_DEVICES, 2), 3, np.int32)
+    ids[1, 0], ids[2, 1] = -1, ROWS + 1
+    shards = np.ones((NUM_DEVICES, 5, 1), np.float32)
+    rows, verdict = on_devices(program, "shard_map")(*spread((shards, ids), "shard_map"))
+    assert (np.asarray(rows)[:, :, 0] == (ids == 3)).all()
+    expected = [0, Verdict.INVALID, Verdict.INVALID, 0, 0, 0, 0, 0]
+    assert verdict.tolist() == expected
+
+
+def test_a_table_its_optimizer_and_its_accumulator_live_in_shards():
+    """Adagrad on shards, step by step, equals Adagrad on the whole table."""
+    mesh, axis = devices.MESHES["data"], "data"
+    rng = np.random.default_rng(11)
+    table = rng.standard_normal((ROWS, 2)).astype(np.float32)
+    ids = rng.integers(0, ROWS, (STEPS, NUM_DEVICES, SIZE)).astype(np.int32)
+    params = {"table": table, "squares": np.ones((ROWS, 2), np.float32), "rate": np.float32(0.5)}
+    specs = jaxaccum.row_specs(params, axis, num_rows=ROWS)
+    assert specs == {"table": PartitionSpec(axis), "squares": PartitionSpec(axis),
+                     "rate": PartitionSpec()}  # fmt: skip
+    sharded = jaxaccum.shard_rows(params, mesh, axis, num_rows=ROWS)
+    assert sharded["table"].sharding.spec == PartitionSpec(axis)
+    assert sharded["rate"].sharding.spec == PartitionSpec()
+    states = jaxaccum.shard_init((ROWS, 2), capacity=5, mesh=mesh, axis_name=axis)
+
+    def step(params, states, ids):
+        state, ids = jax.tree.map(lambda leaf: leaf[0], (states, ids))
+        rows, _ = jaxaccum.shard_lookup(params["table"], ids, axis)
+        # The gradient of half the squared norm of the rows is the rows themselves.
+        state, _ = jaxaccum.shard_apply(state, IndexedSlices(ids, rows, (ROWS, 2)), axis)
+        state, grad, _ = jaxaccum.take(state)
+        squares = params["squares"].at[grad.indices].add(grad.values**2, mode="drop")
+        root = jnp.sqrt(squares.at[grad.indices].get(mode="fill", fill_value=1))
+        update = -params["rate"] * grad.values / root
+        table = params["table"].at[grad.indices].add(update, mode="drop")
+        params = {**params, "squares": squares, "table": table}
+        return params, jax.tree.map(lambda leaf: leaf[None], state)
+
+    in_specs = (specs, PartitionSpec(axis), PartitionSpec(axis))
+    step = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=in_specs[:2])
+    step = jax.jit(step, donate_argnums=(0, 1))
+    squares = np.ones((ROWS, 2))
+    table = table.astype(np.float64)
+    for batch in ids:
+        sharded, states = step(sharded, states, spread(batch, "shard_map"))
+        grad, touches = np.zeros((ROWS, 2)), np.zeros((ROWS, 1))
+        for one in batch:
+            np.add.at(grad, one, table[one])
+            touches[np.unique(one)] += 1
+        grad /= np.maximum(touches, 1)
+        squares += grad**2
+        table -= 0.5 * grad / np.sqrt(squares)
+    np.testing.assert_allclose(sharded["table"], table, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(sharded["squares"], squares, rtol=1e-5, atol=1e-6)
+
+
+def test_only_empty_accumulators_are_copied_and_their_verdicts_count_once():
+    mesh = devices.MESHES[("host", "core")]
+    state = jaxaccum.init((ROWS, 1), capacity=4)
+    grad = IndexedSlices(jnp.array([3]), jnp.ones((1, 1), jnp.float32), (ROWS, 1))
+    full, _ = jaxaccum.apply(state, grad)
+    with pytest.raises(ValueError, match="must hold no gradients to be copied, got num_accum"):
+        jaxaccum.per_device(full, mesh, "core")
+    states = jaxaccum.per_device(jaxaccum.take(full)[0], mesh, "core")
+    assert states.values.shape == (4, 4, 1)
+    states = jaxaccum.per_device(jaxaccum.take(full)[0], mesh, ("host", "core"))
+    merge = on_devices(lambda axis, state: jaxaccum.all_merge(state, axis)[0], "two_axes")
+    assert (np.asarray(merge(states).verdict_counts) == [1, 0, 0, 0]).all()
+
+
+def test_wrong_calls_say_what_is_wrong():
+    mesh = devices.MESHES["data"]
+    with pytest.raises(ValueError, match=r"num_rows .* 8 devices of axis 'data', got 41; pad .* 7"):
+        jaxaccum.shard_rows(np.zeros((41, 2)), mesh, "data", num_rows=41)
+    with pytest.raises(ValueError, match=r"dense_shape .* 8 devices .* got 41; pad .* 7"):
+        jaxaccum.shard_init((41, 2), capacity=3, mesh=mesh, axis_name="data")
+    with pytest.raises(ValueError, match="dense_shape must have a known row count"):
+        jaxaccum.shard_init((None, 2), capacity=3, mesh=mesh, axis_name="data")
+    with pytest.raises(
+        ValueError, match=r"axis_name must be of the mesh's \('data',\), got 'rows'"
+    ):
+        jaxaccum.shard_init((40, 2), capacity=3, mesh=mesh, axis_name="rows")
+    with pytest.raises(ValueError, match="axis_name must be of the mesh's"):
+        jaxaccum.per_device(jaxaccum.init((40, 2), capacity=3), mesh, ("data", "rows"))
+
+    state = jaxaccum.init((5, 2), capacity=3)
+    grad = IndexedSlices(jnp.array([3]), jnp.ones((1, 2), jnp.float32), (ROWS, 2))
+    with pytest.raises(ValueError, match="maps over here, which are none, got 'data'"):
+        jaxaccum.shard_apply(state, grad, "data")
+    with pytest.raises(ValueError, match="maps over here, which are none, got 'data'"):
+        jaxaccum.shard_lookup(jnp.ones((5, 2), jnp.float32), jnp.array([3]), "data")
+
+    def apply(grad, state=state, **options):
+        return on_devices(
+            lambda axis, grad, state: jaxaccum.shard_apply(state, grad, axis, **options)[1],
+            "shard_map",
+        )(copies(grad), copies(state))
+
+    with pytest.raises(ValueError, match=r"grad\.dense_shape must have 40 rows, got 39"):
+        apply(IndexedSlices(grad.indices, grad.values, (39, 2)))
+    with pytest.raises(TypeError, match=r"grad.values must be float32 .* got int32"):
+        apply(IndexedSlices(grad.indices, jnp.ones((1, 2), jnp.int32), (ROWS, 2)))
+    with pytest.raises(ValueError, match="bucket must be at least 1, got 0"):
+        apply(grad, bucket=0)
+    with pytest.raises(ValueError, match="state must have a known row count to be sharded"):
+        apply(grad, jaxaccum.init((None, 2), capacity=3))
+    with pytest.raises(TypeError, match="indices must be integers, got float32"):
+        on_devices(lambda axis, ids: jaxaccum.shard_lookup(ids, ids, axis)[0], "shard_map")(
+            np.ones((NUM_DEVICES, 3), np.float32)
+        )
