@@ -1,12 +1,18 @@
 """jaxaccum: sparse-gradient accumulation for JAX."""
 
 from jaxaccum._accumulator import apply, grow, merge, num_accumulated, set_step, take
+from jaxaccum._conditional_accumulator import SparseConditionalAccumulator
+from jaxaccum._errors import CancelledError, DeadlineExceededError, InvalidArgumentError
 from jaxaccum._slices import IndexedSlices
 from jaxaccum._state import AccumulatorState, Verdict, init
 
 __all__ = [
     "AccumulatorState",
+    "CancelledError",
+    "DeadlineExceededError",
     "IndexedSlices",
+    "InvalidArgumentError",
+    "SparseConditionalAccumulator",
     "Verdict",
     "apply",
     "grow",
