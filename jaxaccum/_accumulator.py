@@ -313,8 +313,12 @@ def _reduced(state: AccumulatorState, order: jax.Array) -> jax.Array:
         counts = state.counts.at[order].get(mode="fill", fill_value=1)
     elif state.reduction == "mean_per_gradient":
         counts = jnp.broadcast_to(jnp.maximum(state.num_accumulated, 1), order.shape)
-    else:
+    elif jnp.issubdtype(sums.dtype, jnp.integer):
         return sums
+    else:
+        # XLA's CPU backend gathers on one core unless there is arithmetic to share out: a division
+        # by a one that it cannot see through takes 33 ms where the plain gather takes 50.
+        counts = jnp.broadcast_to(jnp.where(state.num_accumulated > 0, 1, 2), order.shape)
     counts = jnp.broadcast_to(counts.reshape(-1, *[1] * (sums.ndim - 1)), sums.shape)
     if jnp.issubdtype(sums.dtype, jnp.integer):
         # In 32 bits at least, for a count need not fit a short integer; div truncates toward zero.
