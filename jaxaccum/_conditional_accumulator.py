@@ -94,7 +94,7 @@ class SparseConditionalAccumulator:
         reduction_type: str | None = "MEAN",
         *,
         capacity: int | None = None,
-        device: jax.Device | jax.sharding.Sharding | None = None,
+        device: jax.Device | jax.sharding.NamedSharding | None = None,
         accumulator_dtype: DTypeLike | None = None,
         validate: bool = True,
     ) -> None:

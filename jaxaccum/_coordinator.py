@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import collections
 import logging
+import math
 import operator
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -111,7 +113,7 @@ class Coordinator:
         waiter = Waiter(num_required, event.set)
         try:
             self._enqueue(waiter)
-            if not event.wait(timeout):
+            if not _wait(event, timeout):
                 self._expire(waiter)
             return self._collect(waiter, trim=trim)
         except BaseException:
@@ -305,6 +307,21 @@ class Coordinator:
                 finally:
                     self._serve()
         return self._state.gradient(taken, trim=trim)
+
+
+# A signal that comes just before the main thread blocks is noticed only when it wakes.
+_NAP = 0.2
+
+
+def _wait(event: threading.Event, timeout: float | None) -> bool:
+    """Waits for ``event`` such that a signal is handled within `_NAP` seconds."""
+    if threading.current_thread() is not threading.main_thread():
+        return event.wait(timeout)
+    end = math.inf if timeout is None else time.monotonic() + timeout
+    while (left := end - time.monotonic()) > _NAP:
+        if event.wait(_NAP):
+            return True
+    return event.wait(max(left, 0.0))
 
 
 def _as_required(num_required: Any) -> int:

@@ -3,7 +3,9 @@
 Not thread-safe: its owner holds a lock. Signals are another matter. Python runs signal handlers
 only between bytecodes that call something, so a dispatch whose result C code stores in a list,
 followed by assignments that call nothing, cannot be torn by Ctrl-C: the state has been donated and
-replaced, and counted, or nothing has happened.
+replaced, and counted, or nothing has happened. The first call of a program is different, for jit
+runs Python code around it: there is a moment in it when an exception would cost the state, which
+`DeviceState.is_lost` tells.
 """
 
 from __future__ import annotations

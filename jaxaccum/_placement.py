@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxaccum._state import AccumulatorState
 
@@ -19,23 +19,26 @@ class Placement:
     """Places states, gradients and results.
 
     Args:
-      device: a device; or a sharding, of the values alone: the rest is there on all its devices;
+      device: a device; or a `NamedSharding` of the values, the rest being on each of its devices;
         or ``None`` for the default device, from which results are free to move.
 
     Attributes:
       gradients: where gradients go, one copy on each device.
     """
 
-    def __init__(self, device: jax.Device | Sharding | None) -> None:
+    def __init__(self, device: jax.Device | NamedSharding | None) -> None:
         self._is_default = device is None
         if device is None:
             with jax.ensure_compile_time_eval():
                 (device,) = jnp.zeros((), jnp.int32).devices()
-        self._values = device if isinstance(device, Sharding) else SingleDeviceSharding(device)
-        self.gradients: Sharding = self._values
-        if isinstance(self._values, NamedSharding):
-            self.gradients = NamedSharding(self._values.mesh, _spec())
-        elif not self._values.is_fully_replicated:
+        if isinstance(device, NamedSharding):
+            # Explicit axes would ask every scatter for the sharding of its result.
+            mesh = Mesh(device.mesh.devices, device.mesh.axis_names)
+            self._values: Sharding = NamedSharding(mesh, device.spec)
+            self.gradients: Sharding = NamedSharding(mesh, _spec())
+        elif isinstance(device, jax.Device):
+            self._values = self.gradients = SingleDeviceSharding(device)
+        else:
             raise TypeError(f"device must be a device or a NamedSharding, got {device!r}")
 
     def place(self, state: AccumulatorState) -> AccumulatorState:
