@@ -3,6 +3,8 @@
 from jaxaccum._accumulate import AccumulateState, accumulate
 from jaxaccum._accumulator import apply, grow, merge, num_accumulated, set_step, take
 from jaxaccum._collectives import all_merge, all_take
+from jaxaccum._conditional_accumulator import SparseConditionalAccumulator
+from jaxaccum._errors import CancelledError, DeadlineExceededError, InvalidArgumentError
 from jaxaccum._lazy_rows import lazy_rows
 from jaxaccum._placement import per_device, row_specs, shard_init, shard_rows
 from jaxaccum._rowwise_adagrad import rowwise_adagrad
@@ -16,7 +18,11 @@ from jaxaccum._transforms import apply_updates
 __all__ = [
     "AccumulateState",
     "AccumulatorState",
+    "CancelledError",
+    "DeadlineExceededError",
     "IndexedSlices",
+    "InvalidArgumentError",
+    "SparseConditionalAccumulator",
     "Verdict",
     "accumulate",
     "all_merge",

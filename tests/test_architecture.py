@@ -41,6 +41,18 @@ ORDER = [
     "_collectives",
     "_sharded",
     "_placement",
+    "_errors",
+    "_spec",
+    "_devices",
+    "_host_gradient",
+    "_device_state",
+    "_coordinator",
+    "_registry",
+    "_conditional_accumulator",
+    "_sparse_places",
+    "_sparse_checks",
+    "_sparse_ops",
+    "raw_ops",
     "__init__",
 ]
 

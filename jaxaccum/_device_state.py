@@ -1,0 +1,365 @@
+"""The accumulator's state on the device, and what the host knows of it without asking.
+
+Not thread-safe: its owner holds a lock. Signals are another matter. Python runs signal handlers
+only between bytecodes that call something, so a dispatch whose result C code stores in a list,
+followed by assignments that call nothing, cannot be torn by Ctrl-C: the state has been donated and
+replaced, and counted, or nothing has happened. The first call of a program is different, for jit
+runs Python code around it: there is a moment in it when an exception would cost the state, which
+`DeviceState.is_lost` tells.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+from collections.abc import Mapping
+from itertools import zip_longest
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxaccum import _accumulator, _slices
+from jaxaccum._errors import InvalidArgumentError
+from jaxaccum._host_gradient import HostGradient, in_host_memory, padded_size
+from jaxaccum._devices import Placement
+from jaxaccum._slices import IndexedSlices
+from jaxaccum._spec import Spec
+from jaxaccum._state import AccumulatorState, Verdict, init
+
+logger = logging.getLogger("jaxaccum")
+
+_SMALLEST_CAPACITY = 1024
+_TRACED = "an accumulator lives outside jit: apply and take from ordinary Python code"
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Taken:
+    """A gradient on its way to a taker.
+
+    Attributes:
+      num_accumulated: how many gradients the host counts in it.
+      num_slices: bound on its rows.
+      global_step: before it was taken.
+      is_tentative: whether the device may have refused, for a gradient nobody had checked.
+      arrays: indices and values, padded to the capacity, and int32 ``[3]``: how many rows are
+        real, how many gradients the device has rejected so far, and whether it did take.
+    """
+
+    num_accumulated: int
+    num_slices: int
+    global_step: int
+    is_tentative: bool
+    arrays: tuple[jax.Array, jax.Array, jax.Array] | None = None
+
+
+class DeviceState:
+    """One `AccumulatorState`, made when the shape of its rows is known, and its counters.
+
+    Attributes:
+      global_step: gradients of an earlier step are stale.
+      num_accumulated: gradients added since the last take.
+      num_accepted, num_invalid, num_taken, num_grown: since the beginning.
+      sizes: the padded sizes dispatched so far.
+    """
+
+    def __init__(self, spec: Spec, capacity: int | None, placement: Placement) -> None:
+        self._spec = spec
+        self._capacity = capacity
+        self._placement = placement
+        self._box: list[AccumulatorState] = []  # one state, or none yet
+        self._num_slices = 0  # since the last take: bound on the rows held
+        self.global_step = 0
+        self.num_accumulated = 0
+        self.num_accepted = 0
+        self.num_invalid = 0
+        self.num_taken = 0
+        self.num_grown = 0
+        self.sizes: set[int] = set()
+        # Gradients nobody has checked, and the takes that may fail for their sake.
+        self._has_unchecked = False
+        self._num_tentative = 0
+        self._tentative_slices = 0
+        self._num_rejected = 0
+
+    @property
+    def capacity(self) -> int:
+        """Rows there is room for."""
+        return self._box[0].capacity if self._box else self._capacity or 0
+
+    def num_rows(self) -> int:
+        """Returns how many rows are held, when the device has got there."""
+        return int(self._box[0].num_rows) if self._box else 0
+
+    def add(self, gradient: HostGradient) -> None:
+        """Adds a gradient; raises ``InvalidArgumentError`` where its rows have another shape."""
+        box, indices, values = self._box, gradient.indices, gradient.values
+        if not box or box[0].dense_shape[1:] != gradient.row:
+            self._check_row(gradient.row)
+            self._make(gradient.row, gradient.num_slices)
+        if self._num_slices + gradient.num_slices > box[0].capacity:
+            self._make_room(gradient.num_slices, may_wait=gradient.is_checked)
+        if indices.shape[0] not in self.sizes:
+            self.sizes.add(indices.shape[0])
+        old = box[0]
+        box[:] = map(_apply, box, (indices,), (values,), (gradient.rows,))
+        # No calls from here on: see the module's docstring.
+        if box[0].num_rows.__class__ is not old.num_rows.__class__:
+            box[0] = old
+            raise RuntimeError(_TRACED)
+        self.num_accumulated += 1
+        self.num_accepted += 1
+        self._num_slices += gradient.num_slices
+        if not gradient.is_checked:
+            self._has_unchecked = True
+
+    def take(self, taken: list[Any]) -> None:
+        """Takes everything into ``taken[0]``; ``num_accumulated`` must be at least 1."""
+        is_tentative = self._has_unchecked or self._num_tentative > 0
+        num_slices = self._num_slices - self._tentative_slices
+        result = Taken(self.num_accumulated, num_slices, self.global_step, is_tentative)
+        num_rejected = np.int32(self._num_rejected)
+        box, old, out = self._box, self._box[0], list[Any]()
+        size = min(padded_size(num_slices), old.capacity)
+        out[:] = map(_take, box, (num_rejected,), (size,))
+        # No calls from here on: see the module's docstring.
+        new, arrays = out[0]
+        if new.num_rows.__class__ is not old.num_rows.__class__:
+            raise RuntimeError(_TRACED)
+        box[0] = new
+        result.arrays = arrays
+        taken[0] = result
+        self.num_accumulated = 0
+        self.num_taken += 1
+        self.global_step += 1
+        self._has_unchecked = False
+        if is_tentative:
+            self._num_tentative += 1
+            self._tentative_slices = self._num_slices
+        else:
+            self._num_slices = 0
+
+    def settle(self, taken: Taken, facts: np.ndarray) -> None:
+        """Settles a tentative take: done, or undone because a gradient in it was invalid.
+
+        Raises:
+          InvalidArgumentError: undone. What was valid is still there.
+        """
+        taken.is_tentative = False
+        self._num_tentative -= 1
+        self._tentative_slices -= taken.num_slices
+        _, num_rejected, has_taken = facts.tolist()
+        if has_taken:
+            self._num_slices -= taken.num_slices
+            return
+        num_new = max(num_rejected - self._num_rejected, 0)
+        self._num_rejected += num_new
+        self.num_accumulated += taken.num_accumulated - num_new
+        self.num_accepted -= num_new
+        self.num_invalid += num_new
+        self.num_taken -= 1
+        if self.global_step == taken.global_step + 1:
+            self.global_step -= 1
+        raise InvalidArgumentError(
+            f"{num_new} gradients applied with validate=False had indices out of range; "
+            "they were rejected, and the others are still there to be taken"
+        )
+
+    def gradient(self, taken: Taken, *, trim: bool) -> IndexedSlices:
+        """Returns what was taken; trimmed to the real rows, it waits for the device."""
+        assert taken.arrays is not None
+        indices, values, facts = taken.arrays
+        shape = (self._spec.shape[0] if self._spec.shape else None, *values.shape[1:])
+        num_rows = int(np.asarray(facts)[0]) if trim else indices.shape[0]
+        if num_rows < indices.shape[0]:
+            indices = self._placement.indices(_first(indices, num_rows))
+            values = self._placement.values(_first(values, num_rows))
+        return IndexedSlices(indices, values, shape)
+
+    def save(self) -> dict[str, np.ndarray]:
+        """Returns what is accumulated, as arrays of their own."""
+        num_accumulated = 0
+        arrays = {
+            "indices": np.zeros(0, np.int32),
+            "counts": np.zeros(0, np.int32),
+            "values": np.zeros((0, *(d or 0 for d in self._spec.shape[1:])), self._spec.sum_dtype),
+        }
+        if self._box and self.num_accumulated:
+            state = self._box[0]
+            num_rows, num_accumulated = int(state.num_rows), int(state.num_accumulated)
+            # Copied, for the next apply overwrites the buffers.
+            arrays = {k: np.array(np.asarray(getattr(state, k))[:num_rows]) for k in arrays}
+        return arrays | {
+            "num_accumulated": np.asarray(num_accumulated),
+            "global_step": np.asarray(self.global_step),
+        }
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Takes over what `save` returned, in place of what is accumulated."""
+        indices, values, counts = (np.asarray(saved[k]) for k in ("indices", "values", "counts"))
+        if values.dtype.kind == "V":  # what npz files make of bfloat16
+            values = values.view(self._spec.sum_dtype)
+        num_rows, num_accumulated = indices.size, int(saved["num_accumulated"])
+        self._check_saved(indices, values, counts)
+        box: list[AccumulatorState] = []
+        if num_accumulated:
+            row = values.shape[1:]
+            padding = _slices.padding_index(self._spec.shape or None)
+            empty = self._empty(row, max(self.capacity, padded_size(num_rows), _SMALLEST_CAPACITY))
+            with jax.ensure_compile_time_eval():
+                held = dataclasses.replace(
+                    empty,
+                    indices=_filled(indices, empty.indices, padding),
+                    values=_filled(values, empty.values, 0),
+                    counts=_filled(counts, empty.counts, 0),
+                    num_rows=jnp.int32(num_rows),
+                    num_accumulated=jnp.int32(num_accumulated),
+                )
+                box.append(self._placement.place(_accumulator.merge(empty, held)[0]))
+        global_step = int(saved["global_step"])
+        self._box[:] = box
+        self._num_slices = num_rows
+        self._num_rejected = 0
+        self.num_accumulated = num_accumulated
+        self.global_step = global_step
+
+    def clear(self) -> None:
+        """Frees the device's memory."""
+        self._box.clear()
+
+    def is_lost(self) -> bool:
+        """Whether a dispatch failed after it had been given the state's buffers."""
+        return bool(self._box) and self._box[0].num_rows.is_deleted()
+
+    def _check_saved(self, indices: np.ndarray, values: np.ndarray, counts: np.ndarray) -> None:
+        if values.dtype != self._spec.sum_dtype:
+            raise InvalidArgumentError(
+                f"state must hold values of {self._spec.sum_dtype}, got {values.dtype}"
+            )
+        num_rows, end = indices.size, _slices.padding_index(self._spec.shape or None)
+        if not indices.shape == counts.shape == values.shape[:1] == (num_rows,):
+            raise InvalidArgumentError(
+                "state must hold as many indices, values and counts, got shapes "
+                f"{indices.shape}, {values.shape} and {counts.shape}"
+            )
+        row, expected = values.shape[1:], self._spec.shape[1:]
+        if any(d not in (None, given) for d, given in zip_longest(expected, row[: len(expected)])):
+            raise InvalidArgumentError(f"state must hold rows of shape {expected}, got {row}")
+        if num_rows and not (0 <= indices.min() <= indices.max() < end):
+            raise InvalidArgumentError(f"state must hold indices from 0 to below {end}")
+
+    def _check_row(self, row: tuple[int, ...]) -> None:
+        rank, accumulator = 1 + len(row), self._spec.shape
+        if self._box and (self.num_accumulated or self._num_tentative):
+            pinned = self._box[0].dense_shape[1:]
+            if len(pinned) != len(row):
+                raise InvalidArgumentError(
+                    f"Shape mismatch: expected values rank {1 + len(pinned)}, got {rank}"
+                )
+            expected: tuple[int | None, ...] = (None, *pinned)
+        else:
+            if len(accumulator) > rank:
+                raise InvalidArgumentError(
+                    f"Shape mismatch: expected values rank at least {len(accumulator)}, got {rank}"
+                )
+            expected = (None, *accumulator[1:])
+        for i, (dim, given) in enumerate(zip(expected, (None, *row), strict=False)):
+            if dim is not None and dim != given:
+                raise InvalidArgumentError(
+                    f"Shape mismatch: expected values dim {i} to be {dim}, got {given}"
+                )
+
+    def _empty(self, row: tuple[int, ...], capacity: int) -> AccumulatorState:
+        spec = self._spec
+        rows = spec.shape[0] if spec.shape else None
+        with jax.ensure_compile_time_eval():  # a trace under way must not get at the state
+            return self._placement.place(
+                init(
+                    (rows, *row),
+                    spec.dtype,
+                    capacity=self._bounded(capacity),
+                    reduction=spec.reduction,
+                    accumulator_dtype=spec.sum_dtype,
+                )
+            )
+
+    def _make(self, row: tuple[int, ...], num_slices: int) -> None:
+        """Begins anew with rows of another shape."""
+        guess = max(_SMALLEST_CAPACITY, 2 * padded_size(num_slices))
+        state = self._empty(row, self._capacity or guess)
+        self._box[:] = [state]
+        self._num_slices = 0
+        self._num_rejected = 0
+
+    def _make_room(self, num_slices: int, *, may_wait: bool) -> None:
+        """Grows, unless there turns out to be room for ``num_slices`` more.
+
+        To find out, it waits for the device; so it grows too if more than half is full, lest the
+        next gradient wait again.
+        """
+        state = self._box[0]
+        if state.capacity == self._bounded(state.capacity + 1):
+            return  # as many as there are rows
+        num_rows = self._num_slices
+        if may_wait and not self._num_tentative:
+            num_rows = int(state.num_rows)
+            if max(num_rows + num_slices, 2 * num_rows) <= state.capacity:
+                self._num_slices = num_rows
+                return
+        capacity = self._bounded(padded_size(max(num_rows + num_slices, 2 * state.capacity)))
+        with jax.ensure_compile_time_eval():
+            grown = self._placement.place(_accumulator.grow(state, capacity))
+        self._box[:] = [grown]
+        self._capacity = capacity
+        self._num_slices = num_rows
+        self.num_grown += 1
+        logger.info("accumulator grown from %d to %d rows", state.capacity, capacity)
+
+    def _bounded(self, capacity: int) -> int:
+        rows = self._spec.shape[0] if self._spec.shape else None
+        return capacity if rows is None else max(min(capacity, rows), 1)
+
+
+def _filled(host: np.ndarray, like: jax.Array, fill: int) -> jax.Array:
+    array = np.full(like.shape, fill, like.dtype)
+    array[: host.shape[0]] = host
+    return jnp.asarray(array)
+
+
+def _first(array: jax.Array, num_rows: int) -> np.ndarray:
+    """The first rows, in host memory: cut off on the device, each number would take a program."""
+    if not in_host_memory(array):
+        array = _cut(array, min(padded_size(num_rows), array.shape[0]))
+    host = np.asarray(array)[:num_rows]
+    # JAX reads host memory in place where it can. A few rows must not keep many alive.
+    return host if 2 * num_rows > array.shape[0] else host.copy()
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cut(array: jax.Array, size: int) -> jax.Array:
+    return array[:size]
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _apply(
+    state: AccumulatorState, indices: jax.Array, values: jax.Array, rows: int | None
+) -> AccumulatorState:
+    gradient = IndexedSlices(indices, values, (rows, *values.shape[1:]))
+    return _accumulator.apply(state, gradient)[0]
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
+def _take(
+    state: AccumulatorState, num_rejected: jax.Array, size: int
+) -> tuple[AccumulatorState, tuple[jax.Array, jax.Array, jax.Array]]:
+    rejected = state.verdict_counts[Verdict.INVALID]
+    num_rows = state.num_rows
+    # Rejections the host has not heard of: not ready, whatever was accumulated.
+    state, gradient, ready = _accumulator.take(
+        state, jnp.where(rejected > num_rejected, jnp.int32(2**31 - 1), jnp.int32(1))
+    )
+    facts = jnp.stack([num_rows, rejected, ready.astype(jnp.int32)])
+    # XLA reads and divides only the rows that are left: their number is bounded by ``size``.
+    return state, (gradient.indices[:size], gradient.values[:size], facts)
