@@ -214,10 +214,10 @@ def floors() -> None:
                 known, _ = timed("apply", lambda s=known, g=grad: apply(s, g))
                 loose = dataclasses.replace(grad, dense_shape=None)
                 unknown, _ = timed("unknown", lambda s=unknown, g=loose: apply(s, g))
-                table = timed("bare", lambda t=table, g=grad: add(t, g.indices, g.values))
+                table = timed("bare", lambda t=table, g=grad, add=add: add(t, g.indices, g.values))
             returned = jnp.ones((work.capacity, work.columns)) + 0
             jax.block_until_ready(returned)
-            timed("copy", lambda v=returned: copy(v))
+            timed("copy", lambda v=returned, copy=copy: copy(v))
             known, grad, ready = timed("take", lambda s=known: take(s))
             assert ready
             unknown, _, _ = timed("unknown take", lambda s=unknown: take(s))
@@ -265,8 +265,8 @@ def scaling() -> None:
     harness.report(
         "accumulator-scaling",
         rows,
-        note="The first five vary the vocabulary, the rest the capacity. A thousand rows cannot all "
-        "be new to 4,096 ids: they are repetitions, and sit in the cache.",
+        note="The first five vary the vocabulary, the rest the capacity. Of a thousand rows most of "
+        "4,096 ids are repetitions, and all sit in the cache.",
     )
 
 

@@ -20,9 +20,9 @@ import jax
 import numpy as np
 
 from jaxaccum._device_state import DeviceState, Taken
+from jaxaccum._devices import Placement
 from jaxaccum._errors import CancelledError, DeadlineExceededError, InvalidArgumentError
 from jaxaccum._host_gradient import GradientReader, as_step, brackets
-from jaxaccum._devices import Placement
 from jaxaccum._slices import IndexedSlices
 from jaxaccum._spec import Spec
 

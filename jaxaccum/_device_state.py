@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum import _accumulator, _slices
+from jaxaccum._devices import Placement
 from jaxaccum._errors import InvalidArgumentError
 from jaxaccum._host_gradient import HostGradient, in_host_memory, padded_size
-from jaxaccum._devices import Placement
 from jaxaccum._slices import IndexedSlices
 from jaxaccum._spec import Spec
 from jaxaccum._state import AccumulatorState, Verdict, init

@@ -93,7 +93,11 @@ class DirectMap:
             # Every row held has a slot. Reading this off the slots lets the look-up feed the
             # scatter below; otherwise XLA copies the map where the two stand in a conditional.
             held = jnp.where(order == NOWHERE, NOWHERE, held)
-        return DirectMap(self.slots.at[held].set(NOWHERE, mode="drop")), order
+        return self.release(held), order
+
+    def release(self, ids: jax.Array) -> DirectMap:
+        """Returns the map without the rows ``ids``, all of them held or NOWHERE."""
+        return DirectMap(self.slots.at[ids].set(NOWHERE, mode="drop"))
 
 
 # A sort costs about 30 ns a slot on a CPU, a bitmap about 0.25 ns a row.

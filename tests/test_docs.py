@@ -17,7 +17,7 @@ def test_python_of_the_page_runs(page, tmp_path, monkeypatch):
     # A page is written for JAX as it comes, not for the strict settings of these tests.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         for block in blocks:
-            exec(compile(block, page.name, "exec"), {"__name__": page.stem})  # noqa: S102
+            exec(compile(block, page.name, "exec"), {"__name__": page.stem})
 
 
 def test_links_between_pages_lead_somewhere():
