@@ -265,8 +265,8 @@ def scaling() -> None:
     harness.report(
         "accumulator-scaling",
         rows,
-        note="The first five vary the vocabulary, the rest the capacity. Of a thousand rows most of "
-        "4,096 ids are repetitions, and all sit in the cache.",
+        note="The first five vary the vocabulary, the rest the capacity. 4,096 ids of a thousand "
+        "rows are mostly repetitions, and all sit in the cache.",
     )
 
 
