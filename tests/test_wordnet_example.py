@@ -342,5 +342,5 @@ def test_checkpoints_that_do_not_fit(run, trained, tmp_path, capsys):
 
 def test_a_loss_gone_astray_is_said(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
-        run(tmp_path, "--learning-rate=1e9")
+        run(tmp_path, "--init-scale=2e9", "--n3=2e9")
     assert_one_line(error, capsys, "lower --learning-rate")
