@@ -16,8 +16,9 @@ def test_python_of_the_page_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # A page is written for JAX as it comes, not for the strict settings of these tests.
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        namespace = {"__name__": page.stem}
         for block in blocks:
-            exec(compile(block, page.name, "exec"), {"__name__": page.stem})
+            exec(compile(block, page.name, "exec"), namespace)
 
 
 def test_links_between_pages_lead_somewhere():
