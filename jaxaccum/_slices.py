@@ -69,7 +69,7 @@ class IndexedSlices:
     @property
     def padding_index(self) -> int:
         """The index that marks padding: one past the end, ``2**31 - 1`` where rows are unknown."""
-        return UNKNOWN_ROWS_PADDING if self.num_rows is None else self.num_rows
+        return padding_index(self.dense_shape)
 
     @property
     def row_mask(self) -> jax.Array:
@@ -137,6 +137,12 @@ def canonical_shape(dense_shape: tuple[int | None, ...]) -> tuple[int | None, ..
     return shape
 
 
+def padding_index(dense_shape: tuple[int | None, ...] | None) -> int:
+    """Returns the index that marks padding in a gradient of ``dense_shape``."""
+    rows = dense_shape[0] if dense_shape else None
+    return UNKNOWN_ROWS_PADDING if rows is None else rows
+
+
 def check_host_indices(indices: object) -> None:
     """Raises ``ValueError`` if NumPy ``indices`` hold an entry that int32 cannot."""
     if isinstance(indices, np.ndarray) and indices.dtype.kind in "iu" and indices.size:
@@ -162,6 +168,8 @@ def as_device_slices(grad: IndexedSlices) -> IndexedSlices:
         indices = indices.astype(jnp.int32)  # an empty list has no dtype of its own
     if not jnp.issubdtype(indices.dtype, jnp.integer):
         raise TypeError(f"grad.indices must be integers, got {indices.dtype}")
+    if indices.dtype.itemsize < 4:
+        indices = indices.astype(jnp.int32)  # wide enough to be compared with any row count
     if indices.ndim != 1:
         raise ValueError(f"grad.indices must have rank 1, got shape {indices.shape}")
     if values.ndim == 0 or values.shape[0] != indices.shape[0]:

@@ -1,0 +1,238 @@
+"""Where a row lives: from row ids to slots of a fixed-capacity buffer, without sorting.
+
+Two indexes behind one interface. `DirectMap` keeps one int32 for each row of a known vocabulary;
+`HashTable` knows only the rows it holds. Both offer
+
+* ``claim(ids, num_rows, capacity)``: the slot of each id, new ids getting the next free ones;
+* ``drain(indices, num_rows)``: the held slots in ascending order of row, and an empty index.
+
+Ids are int32 and NOWHERE where a position is to be skipped. All or nothing: where the new rows do
+not fit, the index comes back bit for bit as it was.
+
+No buffer is read after it has been overwritten, for XLA would copy it whole to keep the old
+contents. What is needed later is read from the new buffer instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# Past the end of every table: scatters drop it. Also the map entry of a row without a slot.
+NOWHERE = 2**31 - 1
+
+_register = functools.partial(jax.tree_util.register_dataclass, meta_fields=[])
+
+
+class Claim(NamedTuple):
+    """What `claim` found out about ``n`` ids.
+
+    Attributes:
+      slot: int32 ``[n]``; NOWHERE for skipped ids and where the claim was refused.
+      is_first: bool ``[n]``, true once for each row that is new: at its first occurrence.
+      num_new: int32 ``[]``, how many rows are new.
+      fits: bool ``[]``, whether the new rows fit; if not, nothing was claimed.
+    """
+
+    slot: jax.Array
+    is_first: jax.Array
+    num_new: jax.Array
+    fits: jax.Array
+
+
+@functools.partial(_register, data_fields=["slots"])
+@dataclasses.dataclass(frozen=True)
+class DirectMap:
+    """Slot of each row, NOWHERE where it has none; int32 ``[rows]``."""
+
+    slots: jax.Array
+
+    @classmethod
+    def empty(cls, rows: int) -> DirectMap:
+        """Returns the map of a table of ``rows`` rows, none of them held."""
+        return cls(jnp.full(max(rows, 1), NOWHERE, jnp.int32))
+
+    def claim(
+        self, ids: jax.Array, num_rows: jax.Array, capacity: int, fits: jax.Array | bool = True
+    ) -> tuple[DirectMap, Claim]:
+        """Finds a slot for each id, in order of first occurrence; see the module's docstring."""
+        # Each id bids for its row with its position, put above every slot in use: a row that has a
+        # slot keeps it, a free one goes to its first bidder. Scatter-min makes that the same on
+        # every backend, whatever the order of execution.
+        position = jnp.arange(ids.shape[0], dtype=jnp.int32)
+        bid = capacity + position
+        bids = self.slots.at[ids].min(bid, mode="drop")
+        winner = bids.at[ids].get(mode="fill", fill_value=NOWHERE)
+        is_first = winner == bid
+        rank, num_new = rank_true(is_first)
+        fits = fits & (num_rows + num_new <= capacity)
+        # Winning entries become slots, or are vacated again if there is no room for all.
+        new_slot = jnp.where(fits, num_rows + rank, NOWHERE)
+        slots = bids.at[jnp.where(is_first, ids, NOWHERE)].set(new_slot, mode="drop")
+        # A repetition finds the slot through the position that won; reading it off the small array
+        # spares a second look into the map.
+        elected = new_slot.at[winner - capacity].get(mode="fill", fill_value=NOWHERE)
+        slot = jnp.where(winner < capacity, jnp.where(fits, winner, NOWHERE), elected)
+        return DirectMap(slots), Claim(slot, is_first, num_new, fits)
+
+    def drain(self, indices: jax.Array, num_rows: jax.Array) -> tuple[DirectMap, jax.Array]:
+        """Returns an empty map and int32 ``[capacity]``, slots ascending by row, then NOWHERE."""
+        capacity, rows = indices.shape[0], self.slots.shape[0]
+        slot = jnp.arange(capacity, dtype=jnp.int32)
+        held = jnp.where(slot < num_rows, indices, NOWHERE)
+        if rows <= _BITMAP_ROWS_PER_SLOT * capacity:
+            rank = _rank_in_bitmap(held, rows)
+            order = jnp.full(capacity, NOWHERE, jnp.int32).at[rank].set(slot, mode="drop")
+        else:
+            order = self.slots.at[jnp.sort(held)].get(mode="fill", fill_value=NOWHERE)
+        return DirectMap(self.slots.at[held].set(NOWHERE, mode="drop")), order
+
+
+# A sort costs about 30 ns a slot on a CPU, a bitmap about 0.25 ns a row.
+_BITMAP_ROWS_PER_SLOT = 128
+
+
+def _rank_in_bitmap(ids: jax.Array, rows: int) -> jax.Array:
+    """How many of the distinct ``ids`` lie below each; NOWHERE for ids past the last row."""
+    word, bit = ids >> 5, (ids & 31).astype(jnp.uint32)
+    num_words = -(-rows // 32)
+    words = jnp.zeros(num_words, jnp.uint32).at[word].add(jnp.uint32(1) << bit, mode="drop")
+    counts = jax.lax.population_count(words).astype(jnp.int32)
+    base = jnp.cumsum(counts) - counts
+    below = words.at[word].get(mode="fill", fill_value=0) & ((jnp.uint32(1) << bit) - 1)
+    rank = base.at[word].get(mode="fill", fill_value=0)
+    rank += jax.lax.population_count(below).astype(jnp.int32)
+    return jnp.where(ids < rows, rank, NOWHERE)
+
+
+def rank_true(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Numbers the true entries of bool ``[n]``: their ranks, int32 ``[n]``, and how many there are.
+
+    A cumsum over words of 32 flags and a popcount within the word: half to a fifth of the time of
+    a cumsum over the flags.
+    """
+    n = flags.shape[0]
+    num_words = -(-n // 32)
+    lane = jnp.arange(32, dtype=jnp.uint32)[None, :]
+    bits = jnp.pad(flags, (0, 32 * num_words - n)).reshape(num_words, 32).astype(jnp.uint32)
+    words = jnp.sum(bits << lane, axis=1, dtype=jnp.uint32)
+    counts = jax.lax.population_count(words).astype(jnp.int32)
+    ends = jnp.cumsum(counts)
+    below = jax.lax.population_count(words[:, None] & ((jnp.uint32(1) << lane) - 1))
+    rank = (ends - counts)[:, None] + below.astype(jnp.int32)
+    return rank.reshape(-1)[:n], ends[-1]
+
+
+@functools.partial(_register, data_fields=["keys", "places"])
+@dataclasses.dataclass(frozen=True)
+class HashTable:
+    """Open addressing with double hashing: ``keys`` hold the row of each place, int32 ``[places]``.
+
+    ``places`` maps places to slots, as a `DirectMap` maps rows: once each id has found its place,
+    a hash table is a direct map of its places.
+    """
+
+    keys: jax.Array
+    places: DirectMap
+
+    @classmethod
+    def empty(cls, capacity: int) -> HashTable:
+        """Returns a table that never gets fuller than about a half with ``capacity`` rows."""
+        num_places = _prime_up_to(2 * capacity)
+        return cls(jnp.full(num_places, NOWHERE, jnp.int32), DirectMap.empty(num_places))
+
+    def claim(self, ids: jax.Array, num_rows: jax.Array, capacity: int) -> tuple[HashTable, Claim]:
+        """Finds a slot for each id, in order of first occurrence; see the module's docstring."""
+        keys, place, all_placed = _insert(self.keys, ids, capacity)
+        places, claim = self.places.claim(place, num_rows, capacity, fits=all_placed)
+        refused = jnp.where(claim.is_first & ~claim.fits, place, NOWHERE)
+        return HashTable(keys.at[refused].set(NOWHERE, mode="drop"), places), claim
+
+    def drain(self, indices: jax.Array, num_rows: jax.Array) -> tuple[HashTable, jax.Array]:
+        """Returns an empty table and int32 ``[capacity]``, slots ascending by row, then NOWHERE."""
+        slot = jnp.arange(indices.shape[0], dtype=jnp.int32)
+        ids = jnp.sort(jnp.where(slot < num_rows, indices, NOWHERE))
+        # Sorting ids alone and looking their slots up beats sorting pairs threefold.
+        place = _find(self.keys, ids)
+        order = self.places.slots.at[place].get(mode="fill", fill_value=NOWHERE)
+        keys = self.keys.at[place].set(NOWHERE, mode="drop")
+        places = self.places.slots.at[place].set(NOWHERE, mode="drop")
+        return HashTable(keys, DirectMap(places)), order
+
+
+def _prime_up_to(bound: int) -> int:
+    """The largest prime up to ``bound >= 2``: any step of a probe then visits every place."""
+    candidate = bound
+    while any(candidate % d == 0 for d in range(2, int(candidate**0.5) + 1)):
+        candidate -= 1
+    return candidate
+
+
+def _probe_sequence(ids: jax.Array, num_places: int) -> tuple[jax.Array, jax.Array]:
+    """First place and step of each id (double hashing), int32 ``[n]`` each."""
+
+    def mix(x: jax.Array) -> jax.Array:  # the finaliser of MurmurHash3 (Appleby)
+        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+        return x ^ (x >> 16)
+
+    first = mix(ids.astype(jnp.uint32))
+    step = mix(first + jnp.uint32(0x9E3779B9)) % jnp.uint32(max(num_places - 1, 1)) + 1
+    return (first % jnp.uint32(num_places)).astype(jnp.int32), step.astype(jnp.int32)
+
+
+def _advance(place: jax.Array, step: jax.Array, num_places: int) -> jax.Array:
+    # place + step may exceed int32, num_places - step cannot.
+    gap = num_places - step
+    return jnp.where(place >= gap, place - gap, place + step)
+
+
+_Probe = tuple[jax.Array, jax.Array, jax.Array]  # keys; place and "still probing" of each id
+
+
+def _insert(
+    keys: jax.Array, ids: jax.Array, capacity: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Enters ids into the table: new keys, place of each id, and whether all have found one.
+
+    A gradient with more rows than the table has places would fill it and probe on for ever; where
+    the shapes do not rule that out, probing stops once more than ``capacity`` keys are in.
+    """
+    num_places = keys.shape[0]
+    first, step = _probe_sequence(ids, num_places)
+
+    def unfinished(carry: _Probe) -> jax.Array:
+        keys, _, active = carry
+        if ids.shape[0] <= num_places - capacity:
+            return jnp.any(active)
+        return jnp.any(active) & (jnp.sum(keys != NOWHERE) <= capacity)
+
+    def probe(carry: _Probe) -> _Probe:
+        keys, place, active = carry
+        # Those who find their place free compete for it, and the lowest id wins; only free places
+        # are written, so no row that is held can be ousted.
+        candidate = jnp.where(active, place, NOWHERE)
+        is_free = keys.at[candidate].get(mode="fill", fill_value=0) == NOWHERE
+        keys = keys.at[jnp.where(is_free, place, NOWHERE)].min(ids, mode="drop")
+        active &= keys.at[candidate].get(mode="fill", fill_value=NOWHERE) != ids
+        return keys, jnp.where(active, _advance(place, step, num_places), place), active
+
+    keys, place, active = jax.lax.while_loop(unfinished, probe, (keys, first, ids != NOWHERE))
+    return keys, jnp.where((ids == NOWHERE) | active, NOWHERE, place), ~jnp.any(active)
+
+
+def _find(keys: jax.Array, ids: jax.Array) -> jax.Array:
+    """Place of each id, all of them held; NOWHERE for NOWHERE."""
+    first, step = _probe_sequence(ids, keys.shape[0])
+
+    def probe(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        place, active = carry
+        active &= keys.at[jnp.where(active, place, NOWHERE)].get(mode="fill", fill_value=0) != ids
+        return jnp.where(active, _advance(place, step, keys.shape[0]), place), active
+
+    place, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), probe, (first, ids != NOWHERE))
+    return jnp.where(ids == NOWHERE, NOWHERE, place)
