@@ -17,7 +17,11 @@ import jaxaccum
 PACKAGE = pathlib.Path(jaxaccum.__file__).parent
 SOURCES = sorted(PACKAGE.glob("*.py"))
 # Imports run downhill: a room may only use rooms that stand before it.
-ORDER = ["_slices", "_row_index", "_state", "_accumulator", "__init__"]
+ORDER = [
+    "_slices", "_row_index", "_state", "_accumulator",
+    "_tables", "_sparse_terms", "_sparse_rules", "_sparse_calls", "_sparse_walk", "_sparse_grad",
+    "__init__",
+]  # fmt: skip
 
 
 def imports(tree):
