@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 PyTree = Any
 
-# From about this share of its rows on, a table is updated faster as a whole (measured with Adam on a
-# CPU, benchmarks/train_step.py). Tables of fewer entries take no time either way.
+# From about this share of its rows on, a table is updated faster as a whole (for Adam on a CPU by
+# benchmarks/train_step.py). Tables of fewer entries take no time either way.
 _DENSE_WINS, _LARGE_TABLE = 4, 2**20
 
 
