@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
+import warnings
 from typing import TYPE_CHECKING, Any, cast
 
 import jax
@@ -20,6 +22,10 @@ if TYPE_CHECKING:
     import optax  # type: ignore[import-untyped]
 
 PyTree = Any
+
+# From about this share of its rows on, a table is updated faster as a whole (for Adam on a CPU by
+# benchmarks/train_step.py). Tables of fewer entries take no time either way.
+_DENSE_WINS, _LARGE_TABLE = 4, 2**20
 
 
 def lazy_rows(
@@ -203,6 +209,7 @@ class LazyUpdate:
         self._tx = tx
         self._catch_up = catch_up
         self._plans: dict[Any, _Plan] = {}
+        self._told: set[tuple[str, int]] = set()
 
     def __call__(
         self, updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
@@ -217,6 +224,7 @@ class LazyUpdate:
         for t in tables:
             name = f"updates{_path(treedef, t)}"
             grads[t] = _fit(leaves[t], None if param_leaves is None else param_leaves[t], name)
+            self._advise(name, grads[t])
         shapes = [
             struct(u.dense_shape, u.values.dtype) if is_slices(u) else struct_of(u) for u in grads
         ]
@@ -236,6 +244,17 @@ class LazyUpdate:
         tables = tuple(i for i, chosen in enumerate(jax.tree.leaves(is_table)) if chosen)
         with contextlib.suppress(TrialFailedError):  # it may need arguments only update gets
             self._plan(treedef, [struct_of(p) for p in leaves], tables, {})
+
+    def _advise(self, name: str, grad: IndexedSlices) -> None:
+        shape, size = grad.dense_shape, grad.indices.size
+        is_large = math.prod(map(int, shape or ())) >= _LARGE_TABLE  # type: ignore[arg-type]
+        if is_large and _DENSE_WINS * size >= grad.padding_index and (name, size) not in self._told:
+            self._told.add((name, size))
+            warnings.warn(
+                f"{name} has room for {size} of {grad.padding_index} rows: if more than one in "
+                f"{_DENSE_WINS} rows is touched, a dense gradient and plain optax are faster",
+                stacklevel=3,
+            )
 
     def _plan(
         self, treedef: Any, shapes: list[Any], tables: tuple[int, ...], extra_args: dict[str, Any]

@@ -12,6 +12,7 @@ import pytest
 from jax.experimental import checkify
 
 import jaxaccum
+from jaxaccum import IndexedSlices
 
 ROWS, WIDTH = 13, 3
 SCHEDULE = optax.exponential_decay(0.1, transition_steps=2, decay_rate=0.5)
@@ -67,7 +68,7 @@ def make_grads(indices, seed=0, dtype=jnp.float32):
     rng = np.random.default_rng(seed)
     return {
         "bias": jnp.asarray(rng.normal(size=4), dtype),
-        "table": jaxaccum.IndexedSlices(
+        "table": IndexedSlices(
             jnp.asarray(indices, jnp.int32),
             jnp.asarray(rng.normal(size=(len(indices), WIDTH)), dtype),
             (ROWS, WIDTH),
@@ -146,7 +147,7 @@ def test_a_zero_gradient_touches_its_row():
     table = jnp.zeros((4, 1))
     state = tx.init(table)
     for value in (1.0, 0.0):
-        grad = jaxaccum.IndexedSlices(jnp.array([2]), jnp.array([[value]]), (4, 1))
+        grad = IndexedSlices(jnp.array([2]), jnp.array([[value]]), (4, 1))
         updates, state = tx.update(grad, state, table)
         table = jaxaccum.apply_updates(table, updates)
     np.testing.assert_array_equal(table.ravel(), [0, 0, -1.5, 0])
@@ -164,8 +165,8 @@ def test_norms_run_over_the_touched_rows_of_all_tables():
     tx = jaxaccum.lazy_rows(optax.clip_by_global_norm(1.0))
     params = {"a": jnp.ones((5, 1)), "b": jnp.ones((6, 1))}
     grads = {
-        "a": jaxaccum.IndexedSlices(jnp.array([1, 1]), jnp.array([[1.0], [2.0]]), (5, 1)),
-        "b": jaxaccum.IndexedSlices(jnp.array([6, 3]), jnp.array([[50.0], [4.0]]), (6, 1)),
+        "a": IndexedSlices(jnp.array([1, 1]), jnp.array([[1.0], [2.0]]), (5, 1)),
+        "b": IndexedSlices(jnp.array([6, 3]), jnp.array([[50.0], [4.0]]), (6, 1)),
     }
     updates, _ = tx.update(grads, tx.init(params), params)
     new = jaxaccum.apply_updates(params, updates)
@@ -176,9 +177,7 @@ def test_norms_run_over_the_touched_rows_of_all_tables():
 def test_two_tables_of_one_size_keep_their_state_apart():
     tx = jaxaccum.lazy_rows(optax.adagrad(0.5, initial_accumulator_value=0.0))
     params = [jnp.zeros((5, 2)), jnp.zeros((5, 2))]
-    grads = [
-        jaxaccum.IndexedSlices(jnp.array([i]), jnp.full((1, 2), i + 2.0), (5, 2)) for i in (0, 3)
-    ]
+    grads = [IndexedSlices(jnp.array([i]), jnp.full((1, 2), i + 2.0), (5, 2)) for i in (0, 3)]
     _, state = jax.jit(tx.update)(grads, tx.init(params), params)
     sums = state[0].sum_of_squares
     np.testing.assert_allclose(sums[0][:, 0], [4, 0, 0, 0, 0])
@@ -230,7 +229,7 @@ def test_a_donated_step_copies_no_table(name):
         values = jnp.take(params["table"], indices, axis=0)
         grads = {
             "bias": params["bias"],
-            "table": jaxaccum.IndexedSlices(indices, values, (rows, 2)),
+            "table": IndexedSlices(indices, values, (rows, 2)),
         }
         updates, state = tx.update(grads, state, params)
         return jaxaccum.apply_updates(params, updates), state
@@ -243,9 +242,7 @@ def test_a_donated_step_copies_no_table(name):
 
 class TestApplyUpdates:
     def test_repeated_rows_add_up_and_padding_is_skipped(self):
-        updates = jaxaccum.IndexedSlices(
-            jnp.array([2, 4, 2]), jnp.array([[1.0], [9.0], [2.0]]), (4, 1)
-        )
+        updates = IndexedSlices(jnp.array([2, 4, 2]), jnp.array([[1.0], [9.0], [2.0]]), (4, 1))
         table = jaxaccum.apply_updates(jnp.ones((4, 1)), updates)
         np.testing.assert_array_equal(table.ravel(), [1, 1, 4, 1])
 
@@ -253,7 +250,7 @@ class TestApplyUpdates:
         table = jnp.ones((4, 1), jnp.bfloat16)
         third = jnp.full((3, 1), 0.75 * 2.0**-8)  # alone each would be rounded away
         with jax.numpy_dtype_promotion("strict"):
-            updates = jaxaccum.IndexedSlices(jnp.array([2, 0, 2]), third, (4, 1))
+            updates = IndexedSlices(jnp.array([2, 0, 2]), third, (4, 1))
             new = jaxaccum.apply_updates(
                 {"t": table, "frozen": None}, {"t": updates, "frozen": None}
             )
@@ -285,6 +282,24 @@ class TestApplyUpdates:
         np.testing.assert_allclose(dense(updates)["table"][1], expected, rtol=1e-6)
 
 
+def test_it_advises_where_a_dense_update_is_faster():
+    rows = 2**14
+    tx, table = jaxaccum.lazy_rows(optax.sgd(0.1)), jax.ShapeDtypeStruct((rows, 64), jnp.float32)
+
+    def update(n):
+        grad = IndexedSlices(
+            jax.ShapeDtypeStruct((n,), jnp.int32),
+            jax.ShapeDtypeStruct((n, 64), jnp.float32),
+            (rows, 64),
+        )
+        jax.eval_shape(tx.update, grad, jax.eval_shape(tx.init, table), table)
+
+    update(rows // 4 - 1)
+    with pytest.warns(UserWarning, match=f"room for {rows // 4} of {rows} rows: .* dense"):
+        update(rows // 4)
+    update(rows // 4)  # once is enough
+
+
 class TestBadInput:
     def test_index_out_of_range(self):
         tx, params = jaxaccum.lazy_rows(optax.sgd(0.1)), make_params()
@@ -305,7 +320,7 @@ class TestBadInput:
     )
     def test_a_gradient_of_another_shape(self, shape, message):
         tx, params = jaxaccum.lazy_rows(optax.sgd(0.1)), make_params()
-        grad = jaxaccum.IndexedSlices(jnp.array([1]), jnp.ones((1, *shape[1:])), shape)
+        grad = IndexedSlices(jnp.array([1]), jnp.ones((1, *shape[1:])), shape)
         grads = {"bias": params["bias"], "table": grad}
         with pytest.raises(ValueError, match=rf"updates\['table'\] has {message}"):
             tx.update(grads, tx.init(params), params)
@@ -320,7 +335,7 @@ class TestBadInput:
 
     def test_unknown_row_count_needs_params(self):
         tx = jaxaccum.lazy_rows(optax.sgd(0.1))
-        grad = jaxaccum.IndexedSlices(jnp.array([1]), jnp.ones((1, 2)), (None, 2))
+        grad = IndexedSlices(jnp.array([1]), jnp.ones((1, 2)), (None, 2))
         with pytest.raises(ValueError, match="params must be given"):
             tx.update(grad, tx.init(jnp.ones((3, 2))))
         updates, _ = tx.update(grad, tx.init(jnp.ones((3, 2))), jnp.ones((3, 2)))
