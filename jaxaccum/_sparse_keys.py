@@ -20,8 +20,8 @@ from jax import lax
 
 Words = tuple[jax.Array, ...]
 
-# A table this short is searched at once: a directory would cost more than the rounds it saves.
-_DIRECTORY_FROM = 512
+# Shorter tables are searched as one bucket: a directory would cost more rounds than it saves.
+_DIRECTORY_FROM = 4096
 # Entries a directory bucket holds on average; 8 was the best of 4, 8, 16 and 32 at 65,536 and 1M.
 _PER_BUCKET = 8
 # Counting 32 rows a word takes a quarter of XLA's cumsum on the CPU at 1M, more at a few thousand.
@@ -182,16 +182,26 @@ def lower_bound(table: Words, queries: Words, largest: int | jax.Array) -> jax.A
     (num_rows,) = table[0].shape
     if num_rows == 0:
         return jnp.zeros(queries[0].shape, jnp.int32)
-    first, last, widest = _buckets(table[0], queries[0], largest)
-
-    def halve(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        step, found = carry
-        probe = found + (step - 1)
-        is_right = (probe < last) & less(at(table, probe), queries)
-        return step >> 1, jnp.where(is_right, found + step, found)
-
+    if num_rows < _DIRECTORY_FROM:
+        first, last = jnp.zeros(queries[0].shape, jnp.int32), jnp.int32(num_rows)
+        widest = last
+    else:
+        first, last, widest = _buckets(table[0], queries[0], largest)
     step = jnp.int32(1) << (31 - lax.clz(jnp.maximum(widest, 1)))
-    return lax.while_loop(lambda carry: carry[0] > 0, halve, (step, first))[1]
+    return lax.while_loop(
+        lambda carry: carry[0] > 0,
+        lambda carry: (carry[0] >> 1, _halve(table, queries, carry[1], last, carry[0])),
+        (step, first),
+    )[1]
+
+
+def _halve(
+    table: Words, queries: Words, found: jax.Array, last: jax.Array, step: jax.Array
+) -> jax.Array:
+    """One round of binary search: ``step`` rows on, where the row before still is too small."""
+    probe = found + (step - 1)
+    is_right = (probe < last) & less(at(table, probe), queries)
+    return jnp.where(is_right, found + step, found)
 
 
 def _buckets(
@@ -199,21 +209,17 @@ def _buckets(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns where the bucket of each query starts and ends, and the size of the fullest."""
     num_rows, word = table.shape[0], table.dtype
-    everything = jnp.zeros(queries.shape, jnp.int32), jnp.full(queries.shape, num_rows, jnp.int32)
-    if num_rows < _DIRECTORY_FROM:
-        return *everything, jnp.int32(num_rows)
     bits = (num_rows // _PER_BUCKET).bit_length() - 1
     used = 8 * word.itemsize - lax.clz(jnp.asarray(largest, word)).astype(jnp.int32)
     shift = jnp.maximum(used - bits, 0).astype(word)
     bounds = jnp.arange(2**bits, dtype=word) << shift
-    step = 1 << (num_rows.bit_length() - 1)
+    levels, last = num_rows.bit_length(), jnp.int32(num_rows)
 
     def halve(level: int, found: jax.Array) -> jax.Array:
-        probe = found + (jnp.int32(step) >> level) - 1
-        is_right = (probe < num_rows) & (take(table, jnp.minimum(probe, num_rows - 1)) < bounds)
-        return jnp.where(is_right, probe + 1, found)
+        step = jnp.int32(1 << (levels - 1)) >> level
+        return _halve((table,), (bounds,), found, last, step)
 
-    starts = lax.fori_loop(0, num_rows.bit_length(), halve, jnp.zeros(2**bits, jnp.int32))
+    starts = lax.fori_loop(0, levels, halve, jnp.zeros(2**bits, jnp.int32))
     ends = jnp.concatenate([starts[1:], jnp.full(1, num_rows, jnp.int32)])
     bucket = (queries >> shift).astype(jnp.int32)
     return take(starts, bucket), take(ends, bucket), jnp.max(ends - starts)

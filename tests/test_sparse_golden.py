@@ -11,6 +11,7 @@ from jax.experimental import sparse
 from sparse_harness import (
     DTYPES,
     FLAGGED,
+    X64,
     add_and_pull,
     array,
     assert_entries,
@@ -245,8 +246,8 @@ def test_slice_bounds_saturate():
     assert stored(jaxaccum.sparse_slice(x, [2**63 - 1], [2**63 - 1])) == {}
     assert stored(jaxaccum.sparse_slice(x, [-(2**63)], [3])) == {}
     cut = jax.jit(lambda x, start: jaxaccum.sparse_slice(x, start, [4]))
-    for start in (2**31 - 1, -(2**31)):
-        assert stored(cut(x, jnp.array([start], jnp.int32))) == {}
+    for start in (2**31 - 1, -(2**31), *[2**32, -(2**32)] * X64):
+        assert stored(cut(x, jnp.array([start]))) == {}
     assert stored(cut(x, jnp.array([2**32 - 1], jnp.uint32))) == {}
     assert list(stored(cut(x, jnp.array([-1], jnp.int8)))) == [(1,), (3,)]
     assert list(stored(cut(x, jnp.array([2], jnp.uint8)))) == [(0,), (3,)]
@@ -263,6 +264,7 @@ def test_rank_zero_adds_scalars():
     one = bcoo(np.zeros((1, 0)), np.array([3], np.float32), (), FLAGGED)
     total = jaxaccum.sparse_add(one, one)
     assert total.todense() == 6
+    assert not total.unique_indices
     # Two entries with the only index there is: adding again must see both.
     assert jaxaccum.sparse_add(total, total).todense() == 12
     assert jaxaccum.sparse_add(one, one, 7).todense() == 0
