@@ -11,7 +11,14 @@ from jaxaccum._rowwise_adagrad import rowwise_adagrad
 from jaxaccum._sharded import shard_apply, shard_lookup
 from jaxaccum._slices import IndexedSlices
 from jaxaccum._sparse_grad import value_and_sparse_grad
-from jaxaccum._sparse_ops import sparse_add, sparse_add_grad, sparse_add_jvp, sparse_slice, sparse_slice_grad, sparse_slice_jvp
+from jaxaccum._sparse_ops import (
+    sparse_add,
+    sparse_add_grad,
+    sparse_add_jvp,
+    sparse_slice,
+    sparse_slice_grad,
+    sparse_slice_jvp,
+)
 from jaxaccum._state import AccumulatorState, Verdict, init
 from jaxaccum._transforms import apply_updates
 
