@@ -316,10 +316,6 @@ def _result(data: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> spar
     return sparse.BCOO((data, indices), shape=shape, indices_sorted=True, unique_indices=is_unique)
 
 
-def _is_differentiable(data: jax.Array) -> bool:
-    return bool(jnp.issubdtype(data.dtype, jnp.inexact))
-
-
 _AddArgs = tuple[jax.Array, jax.Array, jax.Array, jax.Array, "places.Limit | None"]
 
 
@@ -355,7 +351,7 @@ def _add_fwd(spec: places.AddSpec, *args: Any) -> tuple[tuple[jax.Array, jax.Arr
 
 def _add_bwd(spec: places.AddSpec, entry_places: Any, cotangents: Any) -> tuple[Any, ...]:
     grad = cotangents[0]
-    if not _is_differentiable(grad):
+    if not jnp.issubdtype(grad.dtype, jnp.inexact):
         return (None,) * 5
     return *(_pull(grad, place) for place in entry_places), None, None, None
 
@@ -393,7 +389,7 @@ def _slice_fwd(spec: places.SliceSpec, *args: Any) -> tuple[tuple[jax.Array, jax
 
 def _slice_bwd(spec: places.SliceSpec, entry_places: Any, cotangents: Any) -> tuple[Any, ...]:
     grad = cotangents[0]
-    if not _is_differentiable(grad):
+    if not jnp.issubdtype(grad.dtype, jnp.inexact):
         return (None,) * 3
     return _pull(grad, entry_places[0]), None, None
 

@@ -167,6 +167,11 @@ def random_bcoo(rng, shape, nse, dtype, kind):
     )
 
 
+def ramp(*args):
+    """`jnp.arange` in float32, with or without x64."""
+    return jnp.arange(*args, dtype=jnp.float32)
+
+
 def random_pair(*kinds, dtype="float32"):
     """Two operands of shape (3, 4) that share entries."""
     rng = np.random.default_rng(3)

@@ -20,6 +20,7 @@ from sparse_harness import (
     bcoo,
     dense_of,
     entries,
+    ramp,
     random_bcoo,
     random_pair,
     slice_values,
@@ -144,7 +145,7 @@ def dense_slice(a, x):
 
 
 def cubes(fn):
-    return lambda *args: jnp.sum(jnp.arange(1.0, fn(*args).size + 1) * fn(*args).ravel() ** 3)
+    return lambda *args: jnp.sum(ramp(1.0, fn(*args).size + 1) * fn(*args).ravel() ** 3)
 
 
 def test_gradients_equal_those_of_the_dense_twins():
@@ -176,7 +177,7 @@ def test_check_grads_to_second_order():
     check_grads(add, (a.data, b.data), modes=["rev"], **exact)
     check_grads(jax.jit(functools.partial(slice_dense, a)), (a.data,), modes=["rev"], **exact)
     total = jaxaccum.sparse_add(a, b)
-    ct = jnp.arange(1.0, total.nse + 1)
+    ct = ramp(1.0, total.nse + 1)
     add_grad = lambda g: jaxaccum.sparse_add_grad(g, a.indices, b.indices, total.indices)  # noqa: E731
     slice_grad = lambda g: jaxaccum.sparse_slice_grad(g, [[4], [2], [7]], [1], [[1], [6]])  # noqa: E731
     for fn, g in ((add_grad, ct), (slice_grad, ct[:2])):
@@ -188,22 +189,20 @@ def test_rules_give_what_the_raw_ops_give():
     a, b = (random_bcoo(rng, (3, 4), 9, "float32", "flagged") for _ in range(2))
     real = [m.indices[: len(entries(m))] for m in (a, b)]
     for thresh in (0, 4):
-        total, (a_grad, b_grad) = add_and_pull(a, b, thresh, jnp.arange(1.0, 19.0))
+        total, (a_grad, b_grad) = add_and_pull(a, b, thresh, ramp(1.0, 19.0))
         kept = len(stored(total))
-        raw = jaxaccum.sparse_add_grad(jnp.arange(1.0, kept + 1), *real, total.indices[:kept])
+        raw = jaxaccum.sparse_add_grad(ramp(1.0, kept + 1), *real, total.indices[:kept])
         for grad, want in zip((a_grad, b_grad), raw, strict=True):
             np.testing.assert_array_equal(grad[: len(want)], want)
             assert not np.asarray(grad)[len(want) :].any(), "padding has no gradient"
     assert kept < len(entries(a).keys() | entries(b).keys()), "thresh has dropped something"
     cut = functools.partial(slice_values, a, [1, -1], [2, 3])
-    (grad,) = jax.vjp(cut, a.data)[1](jnp.arange(1.0, 10.0))
+    (grad,) = jax.vjp(cut, a.data)[1](ramp(1.0, 10.0))
     part = jaxaccum.sparse_slice(a, [1, -1], [2, 3])
     kept = len(stored(part))
     # Padding (3, 4) moved by the start (1, -1) is the real row (2, 5) of a larger slice: the
     # rule must not take it for one.
-    raw = jaxaccum.sparse_slice_grad(
-        jnp.arange(1.0, kept + 1), real[0], [1, -1], part.indices[:kept]
-    )
+    raw = jaxaccum.sparse_slice_grad(ramp(1.0, kept + 1), real[0], [1, -1], part.indices[:kept])
     np.testing.assert_array_equal(grad[: len(raw)], raw)
     assert not np.asarray(grad)[len(raw) :].any()
 
@@ -213,12 +212,12 @@ def test_padding_that_a_start_moves_onto_a_real_row_gets_no_gradient():
     # and the padding row (3) of the result, counted back, is the operand's padding.
     x = bcoo([[3], [5]], np.ones(2, np.float32), (6,), FLAGGED, 4)
     pull = jax.vjp(functools.partial(slice_values, x, [3], [9]), x.data)[1]
-    np.testing.assert_array_equal(pull(jnp.arange(1.0, 5.0))[0], [1, 2, 0, 0])
+    np.testing.assert_array_equal(pull(ramp(1.0, 5.0))[0], [1, 2, 0, 0])
 
 
 def test_forward_mode():
     a, b = random_pair("sorted", "sorted")
-    dots = jnp.arange(1.0, 8.0), jnp.arange(2.0, 8.0)
+    dots = ramp(1.0, 8.0), ramp(2.0, 8.0)
 
     def add(x, y, x_dot, y_dot):
         ends = with_data(a, x), with_data(b, y)
@@ -228,7 +227,7 @@ def test_forward_mode():
     total, dot = jax.jit(add)(a.data, b.data, *dots)
     np.testing.assert_array_equal(total, add_dense(a, b, 2, a.data, b.data))
     _, pull = jax.vjp(functools.partial(add_dense, a, b, 2), a.data, b.data)
-    weights = jnp.arange(1.0, 13.0).reshape(3, 4)
+    weights = ramp(1.0, 13.0).reshape(3, 4)
     back = sum(jnp.vdot(g, d) for g, d in zip(pull(weights), dots, strict=True))
     assert jnp.vdot(weights, dot) == back, "forward and reverse are transposes"
 
@@ -276,7 +275,7 @@ def test_modes_agree():
     for i in range(3):
         for result in (vmapped, scanned):
             assert_equal_leaves(jax.tree.map(lambda leaf, i=i: leaf[i], result), want[i])
-    raw = functools.partial(jaxaccum.sparse_add_grad, jnp.arange(7.0))
+    raw = functools.partial(jaxaccum.sparse_add_grad, ramp(7.0))
     rows = [m.indices for m in batch]
     got = jax.jit(jax.vmap(raw))(rows[0], rows[1], rows[0])
     for i in range(3):
