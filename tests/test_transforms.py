@@ -35,12 +35,34 @@ SEPARABLE = {
     "finite": optax.apply_if_finite(optax.sgd(0.1), max_consecutive_errors=3),
 }
 
+
+def shampoo_left():
+    """Keeps products of all pairs of rows."""
+
+    def init(params):
+        return jax.tree.map(lambda p: jnp.zeros(2 * p.shape[:1]), params)
+
+    return optax.GradientTransformation(init, lambda updates, state, params=None: (updates, state))
+
+
+def shampoo_right():
+    """Multiplies by the inverse of a product over rows: rows of zeros leave it as it is."""
+
+    def precondition(grad, param):
+        del param
+        return grad @ jnp.linalg.inv(jnp.eye(WIDTH) + grad.T @ grad) if grad.ndim == 2 else grad
+
+    return optax.stateless_with_tree_map(precondition)
+
+
 COUPLED = {
     "adafactor": (optax.adafactor(0.1), "depends on rows"),
     "adafactor, factored": (optax.adafactor(0.1, min_dim_size_to_factor=2), "one entry a row"),
     "lamb": (optax.lamb(0.1), "depends on rows"),
     "lars": (optax.lars(0.1), "depends on rows"),
     "muon": (optax.contrib.muon(0.1), "muon"),
+    "shampoo, left": (shampoo_left(), "one entry a row"),
+    "shampoo, right": (shampoo_right(), "mixes the entries"),
     "sm3": (optax.sm3(0.1), "statistic|mixes"),
     "prodigy": (optax.contrib.prodigy(), "statistic"),
     "dog": (optax.contrib.dog(), "statistic"),
