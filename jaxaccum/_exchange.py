@@ -44,25 +44,32 @@ class Rows(NamedTuple):
     def sums_into(self, base: jax.Array, slices: jax.Array) -> jax.Array:
         """Writes the sums of ``slices [n, k, ...]`` over the first rows of ``base [>= m, ...]``.
 
-        They add up in the order of devices. That takes one scatter a device, its slots distinct: a
-        single one over all devices would go in an order of its own on a GPU, each time another.
+        They add up in the order of devices, on every backend and every device.
         """
-
-        def add(sums: jax.Array, device: tuple[jax.Array, ...]) -> tuple[jax.Array, None]:
-            slot, is_first, values = device
-            sums = sums.at[jnp.where(is_first, slot, NOWHERE)].set(values, mode="drop")
-            return sums.at[jnp.where(is_first, NOWHERE, slot)].add(values, mode="drop"), None
-
         # The first to bring a row overwrites what is there, which spares a pass to zero it.
         num_devices = self.slot.shape[0]
         device = jnp.arange(num_devices, dtype=jnp.int32)[:, None]
         first = jnp.full(self.ids.shape, num_devices, jnp.int32)
         first = first.at[self.slot].min(jnp.broadcast_to(device, self.slot.shape), mode="drop")
         is_first = first.at[self.slot].get(mode="fill", fill_value=num_devices) == device
-        devices = (self.slot, is_first, slices)
-        # The first device stands before the loop, see _row_index._insert.
-        sums, _ = add(base, jax.tree.map(lambda x: x[0], devices))
-        return jax.lax.scan(add, sums, jax.tree.map(lambda x: x[1:], devices))[0]
+        sums = base.at[jnp.where(is_first, self.slot, NOWHERE)].set(slices, mode="drop")
+        rest = jnp.where(is_first, NOWHERE, self.slot)
+        return jax.lax.platform_dependent(sums, rest, slices, cpu=_add_all, default=_add_in_turn)
+
+
+def _add_all(sums: jax.Array, slot: jax.Array, slices: jax.Array) -> jax.Array:
+    # A CPU takes the updates of a scatter one by one.
+    return sums.at[slot].add(slices, mode="drop")
+
+
+def _add_in_turn(sums: jax.Array, slot: jax.Array, slices: jax.Array) -> jax.Array:
+    # Elsewhere they go in an order of their own, each time another; with one scatter a device the
+    # slots are distinct, and there is no order. On a CPU that takes half as long again, for it
+    # copies each device's slices first.
+    def add(sums: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
+        return sums.at[part[0]].add(part[1], mode="drop"), None
+
+    return jax.lax.scan(add, sums, (slot, slices))[0]
 
 
 class Union(NamedTuple):

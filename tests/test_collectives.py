@@ -87,6 +87,18 @@ def test_refused_merges_lose_nothing(rows):
         assert state.verdict_counts.tolist() == [NUM_DEVICES, 0, 2, 0]
 
 
+def test_the_latest_step_is_kept():
+    def program(axis_name, ids, values):
+        state = filled(axis_name, ids, values)
+        state = jaxaccum.set_step(state, 3 - jax.lax.axis_index(axis_name).astype(jnp.int32))
+        merged, _ = jaxaccum.all_merge(state, axis_name)
+        taken, _, _, _ = jaxaccum.all_take(state, axis_name)
+        return merged.global_step, taken.global_step
+
+    steps = run(program, disjoint_ids(4), np.ones((NUM_DEVICES, 2, 1), np.float32))
+    assert np.array_equal(steps, [[3] * NUM_DEVICES, [4] * NUM_DEVICES])
+
+
 def test_max_rows_is_exact():
     def program(axis_name, ids, values):
         state = filled(axis_name, ids, values)

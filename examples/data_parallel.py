@@ -1,0 +1,200 @@
+"""Trains WordNet embeddings on several devices at once, each on micro-batches of its own.
+
+Every device accumulates the gradients of its micro-batches; all_take adds them up over the devices,
+and every device makes the same update of its copy of the tables. The same step runs under
+jax.shard_map and jax.pmap, and on one device, which sees the same micro-batches one after another.
+The MRR comes out the same. Without devices of your own, --devices 8 makes the CPU pretend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import complex_model as model
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import jaxaccum
+
+AXIS = "data"
+SHARED, PER_DEVICE = PartitionSpec(), PartitionSpec(AXIS)
+SETTINGS = {"negatives": 512, "learning_rate": 0.1, "n3": 0.01}
+STEPS_PER_CALL = 16
+
+
+class Training(NamedTuple):
+    """What the step carries: the tables and Adagrad's sums on every device; the accumulators."""
+
+    params: model.Tables
+    squares: model.Tables
+    pending: model.Tables  # one a device: leading axis of devices
+
+
+def init(mesh: Mesh, graph: model.Graph, args: argparse.Namespace) -> Training:
+    params = model.init_params(jax.random.key(args.seed), graph, args.dims)
+    # No step touches more rows than this, on all devices together.
+    capacity = args.micro_batches * SETTINGS["negatives"] + 2 * args.batch
+    shared = jaxaccum.shard_rows((params, jax.tree.map(jnp.zeros_like, params)), mesh, AXIS,
+                                 num_rows=0)  # fmt: skip
+    pending = model.init_accumulators(params, capacity)
+    return Training(*shared, model.Tables(*(jaxaccum.per_device(p, mesh, AXIS) for p in pending)))
+
+
+def device_step(
+    num_entities: int, key: jax.Array, training: Training, triples: jax.Array, step: jax.Array
+) -> tuple[Training, jax.Array]:
+    """One update, on one device: int32 ``[micro-batches, B, 3]`` of its own."""
+    first = (step * jax.lax.axis_size(AXIS) + jax.lax.axis_index(AXIS)) * triples.shape[0]
+
+    def micro_step(pending: model.Tables, batch: Any) -> tuple[model.Tables, jax.Array]:
+        triples, index = batch
+        draw = jax.random.fold_in(key, index)
+        lookups = model.sample_lookups(draw, triples, SETTINGS["negatives"], num_entities)
+        value, grads = model.sparse_grads(training.params, lookups, SETTINGS["n3"])
+        applied = [jaxaccum.apply(p, g)[0] for p, g in zip(pending, grads, strict=True)]
+        return model.Tables(*applied), value
+
+    index = first + jnp.arange(triples.shape[0], dtype=jnp.int32)
+    pending, losses = jax.lax.scan(micro_step, training.pending, (triples, index))
+    new = []
+    for table, squares, state in zip(training.params, training.squares, pending, strict=True):
+        # A device cannot hold more rows than its own micro-batches have touched.
+        touched = triples.shape[0] * (2 * triples.shape[1] + SETTINGS["negatives"])
+        most = min(state.capacity, touched)
+        state, grad, _, _ = jaxaccum.all_take(state, AXIS, max_rows=most)
+        updated = model.adagrad_rows(table, squares, grad, SETTINGS["learning_rate"])
+        new.append((*updated, state))
+    columns = zip(*new, strict=True)
+    return Training(*(model.Tables(*c) for c in columns)), jax.lax.pmean(jnp.mean(losses), AXIS)
+
+
+def compiled_step(mesh: Mesh, way: str, num_entities: int, key: jax.Array) -> Callable[..., Any]:
+    """``step(training, triples [steps, devices, micro, B, 3], first)``: many steps in one scan."""
+    step = functools.partial(device_step, num_entities, key)
+
+    def steps(
+        training: Training, triples: jax.Array, first: jax.Array
+    ) -> tuple[Training, jax.Array]:
+        numbers = first + jnp.arange(triples.shape[0], dtype=jnp.int32)
+        return jax.lax.scan(lambda t, batch: step(t, *batch), training, (triples, numbers))
+
+    if way == "pmap":
+        shared = Training(None, None, 0)
+        return jax.pmap(
+            steps, AXIS, in_axes=(shared, 1, None), out_axes=(shared, None), donate_argnums=0
+        )
+
+    def one_device(training: Training, triples: jax.Array, first: jax.Array) -> Any:
+        # Inside shard_map the axis of devices has length 1: dropped here, put back below.
+        pending = jax.tree.map(lambda leaf: leaf[0], training.pending)
+        training, losses = steps(training._replace(pending=pending), triples[:, 0], first)
+        pending = jax.tree.map(lambda leaf: leaf[None], training.pending)
+        return training._replace(pending=pending), losses
+
+    specs = Training(SHARED, SHARED, PER_DEVICE)
+    mapped = jax.shard_map(
+        one_device,
+        mesh=mesh,
+        in_specs=(specs, PartitionSpec(None, AXIS), SHARED),
+        out_specs=(specs, SHARED),
+    )
+    return jax.jit(mapped, donate_argnums=0)
+
+
+def train(
+    mesh: Mesh,
+    graph: model.Graph,
+    args: argparse.Namespace,
+    training: Training,
+    first_epoch: int = 0,
+    after_epoch: Callable[[int, Training, float], None] = lambda *_: None,
+) -> tuple[Training, float]:
+    """Trains to the last epoch; returns the state and the milliseconds of a step, after the first.
+
+    In a run of several processes, each calls this with the same arguments.
+    """
+    triples = graph.reciprocal(graph.train[: args.train_triples])
+    num_devices, micro = mesh.shape[AXIS], args.batch // args.micro_batches
+    num_steps = len(triples) // args.batch // STEPS_PER_CALL * STEPS_PER_CALL
+    shape = (num_steps, num_devices, args.micro_batches // num_devices, micro)
+    step = compiled_step(mesh, args.way, len(graph.entities), jax.random.key(args.seed + 1))
+    sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
+    times = []
+    for epoch in range(first_epoch, args.epochs):
+        batches = model.shuffled_batches(triples, args.seed, epoch, shape)
+        for i in range(0, num_steps, STEPS_PER_CALL):
+            part, number = batches[i : i + STEPS_PER_CALL], np.int32(epoch * num_steps + i)
+            start = time.perf_counter()
+            on_mesh = jax.make_array_from_callback(
+                part.shape, sharding, lambda index, part=part: part[index]
+            )
+            training, losses = step(training, on_mesh, number)
+            loss = float(np.mean(losses))
+            times.append(time.perf_counter() - start)
+        after_epoch(epoch + 1, training, loss)
+    return training, 1e3 * float(np.mean(times[1:] or [0.0])) / STEPS_PER_CALL
+
+
+def evaluate(graph: model.Graph, training: Training, args: argparse.Namespace) -> float:
+    """The MRR on the test triples, computed on one device."""
+    params = model.Tables(*(np.asarray(table) for table in training.params))
+    ranks = model.filtered_ranks(params, graph, graph.test[: args.test_triples])
+    return model.ranking_metrics(ranks)["MRR"]
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options that this example and multi_process.py share."""
+    options = argparse.ArgumentParser(description=description)
+    add = functools.partial(options.add_argument, type=int, metavar="N")
+    add("--epochs", default=10, help="passes over the triples (default: 10)")
+    add("--batch", default=4096, help="triples of an update, all devices together (4096)")
+    add("--micro-batches", default=8, help="gradients of an update, all devices together (8)")
+    add("--dims", default=50, help="complex dimensions (50)")
+    add("--seed", default=0, help="of tables, order and negatives (0)")
+    add("--train-triples", default=None, help="train on the first N only, for a quick look")
+    add("--test-triples", default=1000, help="rank the first N only (1000)")
+    return options
+
+
+def check(options: argparse.ArgumentParser, args: argparse.Namespace, num_devices: int) -> None:
+    if args.micro_batches % num_devices or args.batch % args.micro_batches:
+        options.error(
+            f"{num_devices} devices, --micro-batches {args.micro_batches} and --batch {args.batch}"
+            " must each divide the next"
+        )
+    num_triples = 2 * (args.train_triples or np.inf)
+    if args.epochs < 1 or num_triples < STEPS_PER_CALL * args.batch:
+        options.error(f"there must be an epoch at least, of {STEPS_PER_CALL} batches at least")
+
+
+def main() -> None:
+    options = parser(__doc__.split("\n")[0])
+    options.add_argument("--devices", type=int, default=8, metavar="N", help="devices to use (8)")
+    ways = ("shard_map", "pmap", "both")
+    options.add_argument("--way", choices=ways, default="both", help="how (default: both)")
+    args = options.parse_args()
+    check(options, args, args.devices)
+    # Read once, when the first device is asked for; of no effect on other devices than CPUs.
+    os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={args.devices}")
+    if len(jax.devices()) < args.devices:
+        options.error(f"there are {len(jax.devices())} devices, not {args.devices}")
+    graph = model.load_graph()
+    runs = [(1, "shard_map")]
+    runs += [(args.devices, way) for way in ways[:2] if args.way in (way, "both")]
+    for num_devices, args.way in runs:
+        mesh = jax.make_mesh((num_devices,), (AXIS,), axis_types=(AxisType.Auto,),
+                             devices=jax.devices()[:num_devices])  # fmt: skip
+        training, ms = train(mesh, graph, args, init(mesh, graph, args))
+        mrr = evaluate(graph, training, args)
+        print(f"{num_devices} devices, {args.way:9}: MRR {mrr:.4f}, {ms:.1f} ms a step", flush=True)
+
+
+if __name__ == "__main__":
+    main()
