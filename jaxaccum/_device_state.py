@@ -3,9 +3,10 @@
 Not thread-safe: its owner holds a lock. Signals are another matter. Python runs signal handlers
 only between bytecodes that call something, so a dispatch whose result C code stores in a list,
 followed by assignments that call nothing, cannot be torn by Ctrl-C: the state has been donated and
-replaced, and counted, or nothing has happened. The first call of a program is different, for jit
-runs Python code around it: there is a moment in it when an exception would cost the state, which
-`DeviceState.is_lost` tells.
+replaced, and counted, or nothing has happened. That is why programs return tuples: to return an
+`AccumulatorState` they would run its constructor, in Python. The first call of a program is
+different, for jit runs Python code around it: there is a moment in it when an exception would cost
+the state, which `DeviceState.is_lost` tells.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import functools
 import logging
 from collections.abc import Mapping
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ from jaxaccum._spec import Spec
 from jaxaccum._state import AccumulatorState, Verdict, init
 
 logger = logging.getLogger("jaxaccum")
+
+_Leaves = tuple[jax.Array, ...]
 
 _SMALLEST_CAPACITY = 1024
 _TRACED = "an accumulator lives outside jit: apply and take from ordinary Python code"
@@ -69,7 +72,11 @@ class DeviceState:
         self._spec = spec
         self._capacity = capacity
         self._placement = placement
-        self._box: list[AccumulatorState] = []  # one state, or none yet
+        # The leaves of one state, or none yet, and what they are the leaves of.
+        self._box: list[_Leaves] = []
+        self._programs: _Programs
+        self._row: tuple[int, ...] | None = None
+        self._room = 0
         self._num_slices = 0  # since the last take: bound on the rows held
         self.global_step = 0
         self.num_accumulated = 0
@@ -87,26 +94,26 @@ class DeviceState:
     @property
     def capacity(self) -> int:
         """Rows there is room for."""
-        return self._box[0].capacity if self._box else self._capacity or 0
+        return self._room or self._capacity or 0
 
     def num_rows(self) -> int:
         """Returns how many rows are held, when the device has got there."""
-        return int(self._box[0].num_rows) if self._box else 0
+        return int(self._state().num_rows) if self._box else 0
 
     def add(self, gradient: HostGradient) -> None:
         """Adds a gradient; raises ``InvalidArgumentError`` where its rows have another shape."""
         box, indices, values = self._box, gradient.indices, gradient.values
-        if not box or box[0].dense_shape[1:] != gradient.row:
+        if self._row != gradient.row:
             self._check_row(gradient.row)
             self._make(gradient.row, gradient.num_slices)
-        if self._num_slices + gradient.num_slices > box[0].capacity:
+        if self._num_slices + gradient.num_slices > self._room:
             self._make_room(gradient.num_slices, may_wait=gradient.is_checked)
         if indices.shape[0] not in self.sizes:
             self.sizes.add(indices.shape[0])
         old = box[0]
-        box[:] = map(_apply, box, (indices,), (values,), (gradient.rows,))
+        box[:] = map(self._programs.apply, box, (indices,), (values,), (gradient.rows,))
         # No calls from here on: see the module's docstring.
-        if box[0].num_rows.__class__ is not old.num_rows.__class__:
+        if box[0][0].__class__ is not old[0].__class__:
             box[0] = old
             raise RuntimeError(_TRACED)
         self.num_accumulated += 1
@@ -122,11 +129,11 @@ class DeviceState:
         result = Taken(self.num_accumulated, num_slices, self.global_step, is_tentative)
         num_rejected = np.int32(self._num_rejected)
         box, old, out = self._box, self._box[0], list[Any]()
-        size = min(padded_size(num_slices), old.capacity)
-        out[:] = map(_take, box, (num_rejected,), (size,))
+        size = min(padded_size(num_slices), self._room)
+        out[:] = map(self._programs.take, box, (num_rejected,), (size,))
         # No calls from here on: see the module's docstring.
         new, arrays = out[0]
-        if new.num_rows.__class__ is not old.num_rows.__class__:
+        if new[0].__class__ is not old[0].__class__:
             raise RuntimeError(_TRACED)
         box[0] = new
         result.arrays = arrays
@@ -187,7 +194,7 @@ class DeviceState:
             "values": np.zeros((0, *(d or 0 for d in self._spec.shape[1:])), self._spec.sum_dtype),
         }
         if self._box and self.num_accumulated:
-            state = self._box[0]
+            state = self._state()
             num_rows, num_accumulated = int(state.num_rows), int(state.num_accumulated)
             # Copied, for the next apply overwrites the buffers.
             arrays = {k: np.array(np.asarray(getattr(state, k))[:num_rows]) for k in arrays}
@@ -203,7 +210,7 @@ class DeviceState:
             values = values.view(self._spec.sum_dtype)
         num_rows, num_accumulated = indices.size, int(saved["num_accumulated"])
         self._check_saved(indices, values, counts)
-        box: list[AccumulatorState] = []
+        state = None
         if num_accumulated:
             row = values.shape[1:]
             padding = _slices.padding_index(self._spec.shape or None)
@@ -217,21 +224,34 @@ class DeviceState:
                     num_rows=jnp.int32(num_rows),
                     num_accumulated=jnp.int32(num_accumulated),
                 )
-                box.append(self._placement.place(_accumulator.merge(empty, held)[0]))
+                state = self._placement.place(_accumulator.merge(empty, held)[0])
         global_step = int(saved["global_step"])
-        self._box[:] = box
-        self._num_slices = num_rows
+        self._keep(state, num_rows)
         self._num_rejected = 0
         self.num_accumulated = num_accumulated
         self.global_step = global_step
 
     def clear(self) -> None:
         """Frees the device's memory."""
-        self._box.clear()
+        self._keep(None, 0)
 
     def is_lost(self) -> bool:
         """Whether a dispatch failed after it had been given the state's buffers."""
-        return bool(self._box) and self._box[0].num_rows.is_deleted()
+        return bool(self._box) and self._box[0][0].is_deleted()
+
+    def _state(self) -> AccumulatorState:
+        return jax.tree.unflatten(self._programs.treedef, self._box[0])
+
+    def _keep(self, state: AccumulatorState | None, num_slices: int) -> None:
+        """Puts a state, or none, in place of the present one."""
+        leaves, treedef = jax.tree.flatten(state)
+        box = [] if state is None else [tuple(leaves)]
+        row = None if state is None else state.values.shape[1:]
+        room = 0 if state is None else state.capacity
+        programs = _programs(treedef)
+        # No calls from here on: see the module's docstring.
+        self._box[:], self._programs, self._row = box, programs, row
+        self._room, self._num_slices = room, num_slices
 
     def _check_saved(self, indices: np.ndarray, values: np.ndarray, counts: np.ndarray) -> None:
         if values.dtype != self._spec.sum_dtype:
@@ -252,8 +272,8 @@ class DeviceState:
 
     def _check_row(self, row: tuple[int, ...]) -> None:
         rank, accumulator = 1 + len(row), self._spec.shape
-        if self._box and (self.num_accumulated or self._num_tentative):
-            pinned = self._box[0].dense_shape[1:]
+        pinned = self._row
+        if pinned is not None and (self.num_accumulated or self._num_tentative):
             if len(pinned) != len(row):
                 raise InvalidArgumentError(
                     f"Shape mismatch: expected values rank {1 + len(pinned)}, got {rank}"
@@ -289,8 +309,7 @@ class DeviceState:
         """Begins anew with rows of another shape."""
         guess = max(_SMALLEST_CAPACITY, 2 * padded_size(num_slices))
         state = self._empty(row, self._capacity or guess)
-        self._box[:] = [state]
-        self._num_slices = 0
+        self._keep(state, 0)
         self._num_rejected = 0
 
     def _make_room(self, num_slices: int, *, may_wait: bool) -> None:
@@ -299,7 +318,7 @@ class DeviceState:
         To find out, it waits for the device; so it grows too if more than half is full, lest the
         next gradient wait again.
         """
-        state = self._box[0]
+        state = self._state()
         if state.capacity == self._bounded(state.capacity + 1):
             return  # as many as there are rows
         num_rows = self._num_slices
@@ -311,9 +330,8 @@ class DeviceState:
         capacity = self._bounded(padded_size(max(num_rows + num_slices, 2 * state.capacity)))
         with jax.ensure_compile_time_eval():
             grown = self._placement.place(_accumulator.grow(state, capacity))
-        self._box[:] = [grown]
+        self._keep(grown, num_rows)
         self._capacity = capacity
-        self._num_slices = num_rows
         self.num_grown += 1
         logger.info("accumulator grown from %d to %d rows", state.capacity, capacity)
 
@@ -342,24 +360,34 @@ def _cut(array: jax.Array, size: int) -> jax.Array:
     return array[:size]
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _apply(
-    state: AccumulatorState, indices: jax.Array, values: jax.Array, rows: int | None
-) -> AccumulatorState:
-    gradient = IndexedSlices(indices, values, (rows, *values.shape[1:]))
-    return _accumulator.apply(state, gradient)[0]
+class _Programs(NamedTuple):
+    """What runs on the device, for states of one structure."""
+
+    treedef: jax.tree_util.PyTreeDef
+    apply: Any
+    take: Any
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
-def _take(
-    state: AccumulatorState, num_rejected: jax.Array, size: int
-) -> tuple[AccumulatorState, tuple[jax.Array, jax.Array, jax.Array]]:
-    rejected = state.verdict_counts[Verdict.INVALID]
-    num_rows = state.num_rows
-    # Rejections the host has not heard of: not ready, whatever was accumulated.
-    state, gradient, ready = _accumulator.take(
-        state, jnp.where(rejected > num_rejected, jnp.int32(2**31 - 1), jnp.int32(1))
-    )
-    facts = jnp.stack([num_rows, rejected, ready.astype(jnp.int32)])
-    # XLA reads and divides only the rows that are left: their number is bounded by ``size``.
-    return state, (gradient.indices[:size], gradient.values[:size], facts)
+@functools.cache
+def _programs(treedef: jax.tree_util.PyTreeDef) -> _Programs:
+    @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+    def apply(leaves: _Leaves, indices: jax.Array, values: jax.Array, rows: int | None) -> _Leaves:
+        state = jax.tree.unflatten(treedef, leaves)
+        gradient = IndexedSlices(indices, values, (rows, *values.shape[1:]))
+        state, _ = _accumulator.apply(state, gradient)
+        return tuple(jax.tree.leaves(state))
+
+    @functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
+    def take(leaves: _Leaves, num_rejected: jax.Array, size: int) -> tuple[_Leaves, _Leaves]:
+        state = jax.tree.unflatten(treedef, leaves)
+        rejected, num_rows = state.verdict_counts[Verdict.INVALID], state.num_rows
+        # Rejections the host has not heard of: not ready, whatever was accumulated.
+        state, gradient, ready = _accumulator.take(
+            state, jnp.where(rejected > num_rejected, jnp.int32(2**31 - 1), jnp.int32(1))
+        )
+        facts = jnp.stack([num_rows, rejected, ready.astype(jnp.int32)])
+        # XLA reads and divides only the rows that are left: their number is bounded by ``size``.
+        taken = (gradient.indices[:size], gradient.values[:size], facts)
+        return tuple(jax.tree.leaves(state)), taken
+
+    return _Programs(treedef, apply, take)

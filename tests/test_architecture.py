@@ -17,7 +17,12 @@ import jaxaccum
 PACKAGE = pathlib.Path(jaxaccum.__file__).parent
 SOURCES = sorted(PACKAGE.glob("*.py"))
 # Imports run downhill: a room may only use rooms that stand before it.
-ORDER = ["_slices", "_row_index", "_state", "_accumulator", "__init__"]
+ORDER = [
+    "_slices", "_row_index", "_state", "_accumulator",
+    "_errors", "_host_gradient", "_spec", "_placement", "_device_state", "_coordinator",
+    "_registry", "_conditional_accumulator",
+    "__init__",
+]  # fmt: skip
 
 
 def imports(tree):
