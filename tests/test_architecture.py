@@ -21,6 +21,7 @@ ORDER = [
     "_slices", "_row_index", "_state", "_accumulator",
     "_errors", "_host_gradient", "_spec", "_placement", "_device_state", "_coordinator",
     "_registry", "_conditional_accumulator",
+    "_sparse_keys", "_sparse_places", "_sparse_checks", "_sparse_ops", "_raw_checks", "raw_ops",
     "__init__",
 ]  # fmt: skip
 

@@ -1,0 +1,41 @@
+"""Folding, counting and searching rows, against NumPy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxaccum import _sparse_keys as keys
+
+
+@pytest.mark.parametrize("num_rows", [1, 4, 4095, 4096, 5000])
+def test_search_agrees_with_numpy(num_rows):
+    rng = np.random.default_rng(num_rows)
+    for span in (10, 2**32 - 1):  # crowded into one bucket, and spread over all
+        table = np.sort(rng.integers(0, span, num_rows, dtype=np.uint32))
+        asked = np.append(rng.integers(0, span, 50, dtype=np.uint32), table[:5])
+        search = jax.jit(functools.partial(keys.lower_bound, largest=span))
+        for found in (
+            search((jnp.array(table),), (jnp.array(asked),)),
+            keys.lower_bound((jnp.array(table),), (jnp.array(asked),), jnp.uint32(span)),
+        ):
+            np.testing.assert_array_equal(found, np.searchsorted(table, asked))
+
+
+@pytest.mark.parametrize("far", [0, 2**31 - 8])  # one word, and a box of more than 2**32 cells
+def test_match_rows_takes_the_first_of_equal_rows(far):
+    table = np.array([[5, 1], [-3, 2], [5, 1], [-2, 7], [-3, 2 + far], [far, -far]], np.int32)
+    asked = np.array([[5, 1], [-3, 2], [0, 0], [-2, 7], [9, 9], [-3, 2 + far], [far, -far]])
+    place = {tuple(row): i for i, row in reversed(list(enumerate(table.tolist())))}
+    want = [place.get(tuple(row), 6) for row in asked.tolist()]
+    (found,) = keys.match_rows(jnp.array(table), jnp.array(asked, jnp.int32))
+    assert found.tolist() == want
+
+
+@pytest.mark.parametrize("size", [1, 31, 4095, 4096, 4127, 4128])
+def test_count_before_agrees_with_numpy(size):
+    mask = np.random.default_rng(size).random(size) < 0.5
+    want = np.concatenate([[0], np.cumsum(mask)])
+    np.testing.assert_array_equal(keys.count_before(jnp.array(mask)), want)
