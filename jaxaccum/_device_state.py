@@ -24,8 +24,8 @@ import numpy as np
 
 from jaxaccum import _accumulator, _slices
 from jaxaccum._errors import InvalidArgumentError
-from jaxaccum._host_gradient import HostGradient, in_host_memory, padded_size
-from jaxaccum._placement import Placement
+from jaxaccum._host_gradient import HostGradient, padded_size
+from jaxaccum._placement import Placement, first_rows
 from jaxaccum._slices import IndexedSlices
 from jaxaccum._spec import Spec
 from jaxaccum._state import AccumulatorState, Verdict, init
@@ -47,6 +47,7 @@ class Taken:
       num_slices: bound on its rows.
       global_step: before it was taken.
       is_tentative: whether the device may have refused, for a gradient nobody had checked.
+      era: how often a state had been loaded; what was taken before then no longer counts.
       arrays: indices and values, padded to the capacity, and int32 ``[3]``: how many rows are
         real, how many gradients the device has rejected so far, and whether it did take.
     """
@@ -55,6 +56,7 @@ class Taken:
     num_slices: int
     global_step: int
     is_tentative: bool
+    era: int
     arrays: tuple[jax.Array, jax.Array, jax.Array] | None = None
 
 
@@ -90,6 +92,7 @@ class DeviceState:
         self._num_tentative = 0
         self._tentative_slices = 0
         self._num_rejected = 0
+        self._era = 0
 
     @property
     def capacity(self) -> int:
@@ -126,7 +129,7 @@ class DeviceState:
         """Takes everything into ``taken[0]``; ``num_accumulated`` must be at least 1."""
         is_tentative = self._has_unchecked or self._num_tentative > 0
         num_slices = self._num_slices - self._tentative_slices
-        result = Taken(self.num_accumulated, num_slices, self.global_step, is_tentative)
+        result = Taken(self.num_accumulated, num_slices, self.global_step, is_tentative, self._era)
         num_rejected = np.int32(self._num_rejected)
         box, old, out = self._box, self._box[0], list[Any]()
         size = min(padded_size(num_slices), self._room)
@@ -155,12 +158,22 @@ class DeviceState:
           InvalidArgumentError: undone. What was valid is still there.
         """
         taken.is_tentative = False
-        self._num_tentative -= 1
-        self._tentative_slices -= taken.num_slices
         _, num_rejected, has_taken = facts.tolist()
+        is_current = taken.era == self._era
+        if is_current:
+            self._num_tentative -= 1
+            self._tentative_slices -= taken.num_slices
+            self._num_slices -= taken.num_slices if has_taken else 0
         if has_taken:
-            self._num_slices -= taken.num_slices
             return
+        if is_current:
+            self._undo(taken, num_rejected)
+        raise InvalidArgumentError(
+            "gradients applied with validate=False had indices out of range; "
+            "they were rejected, and the others are still there to be taken"
+        )
+
+    def _undo(self, taken: Taken, num_rejected: int) -> None:
         num_new = max(num_rejected - self._num_rejected, 0)
         self._num_rejected += num_new
         self.num_accumulated += taken.num_accumulated - num_new
@@ -169,10 +182,6 @@ class DeviceState:
         self.num_taken -= 1
         if self.global_step == taken.global_step + 1:
             self.global_step -= 1
-        raise InvalidArgumentError(
-            f"{num_new} gradients applied with validate=False had indices out of range; "
-            "they were rejected, and the others are still there to be taken"
-        )
 
     def gradient(self, taken: Taken, *, trim: bool) -> IndexedSlices:
         """Returns what was taken; trimmed to the real rows, it waits for the device."""
@@ -181,8 +190,8 @@ class DeviceState:
         shape = (self._spec.shape[0] if self._spec.shape else None, *values.shape[1:])
         num_rows = int(np.asarray(facts)[0]) if trim else indices.shape[0]
         if num_rows < indices.shape[0]:
-            indices = self._placement.indices(_first(indices, num_rows))
-            values = self._placement.values(_first(values, num_rows))
+            indices = self._placement.indices(first_rows(indices, num_rows))
+            values = self._placement.values(first_rows(values, num_rows))
         return IndexedSlices(indices, values, shape)
 
     def save(self) -> dict[str, np.ndarray]:
@@ -227,7 +236,9 @@ class DeviceState:
                 state = self._placement.place(_accumulator.merge(empty, held)[0])
         global_step = int(saved["global_step"])
         self._keep(state, num_rows)
-        self._num_rejected = 0
+        self._era += 1
+        self._has_unchecked = False
+        self._num_tentative = self._tentative_slices = self._num_rejected = 0
         self.num_accumulated = num_accumulated
         self.global_step = global_step
 
@@ -344,20 +355,6 @@ def _filled(host: np.ndarray, like: jax.Array, fill: int) -> jax.Array:
     array = np.full(like.shape, fill, like.dtype)
     array[: host.shape[0]] = host
     return jnp.asarray(array)
-
-
-def _first(array: jax.Array, num_rows: int) -> np.ndarray:
-    """The first rows, in host memory: cut off on the device, each number would take a program."""
-    if not in_host_memory(array):
-        array = _cut(array, min(padded_size(num_rows), array.shape[0]))
-    host = np.asarray(array)[:num_rows]
-    # JAX reads host memory in place where it can. A few rows must not keep many alive.
-    return host if 2 * num_rows > array.shape[0] else host.copy()
-
-
-@functools.partial(jax.jit, static_argnums=1)
-def _cut(array: jax.Array, size: int) -> jax.Array:
-    return array[:size]
 
 
 class _Programs(NamedTuple):

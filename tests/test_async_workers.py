@@ -25,7 +25,7 @@ def data(tmp_path_factory):
     triples = np.stack([ring, np.zeros_like(ring), np.roll(ring, -1)], axis=1)
     path = tmp_path_factory.mktemp("ring") / "ring.npz"
     names = "\n".join(f"thing{i}.n.01" for i in ring)
-    splits = {split: triples for split in ("train", "valid", "test")}
+    splits = dict.fromkeys(("train", "valid", "test"), triples)
     np.savez(path, entities=np.array(names), relations=np.array("next"), **splits)
     return path
 

@@ -12,7 +12,7 @@ import pytest
 import takers
 
 import jaxaccum
-from jaxaccum import _device_state, _host_gradient
+from jaxaccum import _host_gradient
 
 
 def snapshot(acc):
@@ -461,7 +461,6 @@ def test_values_may_be_sharded(spec):
 def accelerator(monkeypatch):
     """Lets every device count as one whose memory the host cannot see."""
     monkeypatch.setattr(_host_gradient, "in_host_memory", lambda array: False)
-    monkeypatch.setattr(_device_state, "in_host_memory", lambda array: False)
 
 
 def on_device(indices, values):
@@ -483,7 +482,7 @@ def test_unchecked_gradients_are_rejected_whole_and_the_next_take_raises(bad):
     acc = takers.accumulator(capacity=2)
     acc.apply_grad(*on_device([1], [1]), validate=False)
     acc.apply_grad(*on_device([2, bad], [1, 1]), validate=False)
-    with pytest.raises(jaxaccum.InvalidArgumentError, match="1 gradients applied with validate"):
+    with pytest.raises(jaxaccum.InvalidArgumentError, match="applied with validate=False"):
         acc.take_grad(1)
     assert acc.num_accumulated() == 1
     stats = acc.statistics()
