@@ -1,5 +1,6 @@
 """jaxaccum: sparse-gradient accumulation for JAX."""
 
+from jaxaccum import raw_ops
 from jaxaccum._accumulate import AccumulateState, accumulate
 from jaxaccum._accumulator import apply, grow, merge, num_accumulated, set_step, take
 from jaxaccum._collectives import all_merge, all_take
@@ -42,6 +43,7 @@ __all__ = [
     "merge",
     "num_accumulated",
     "per_device",
+    "raw_ops",
     "row_specs",
     "rowwise_adagrad",
     "set_step",

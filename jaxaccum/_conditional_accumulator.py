@@ -260,7 +260,7 @@ class SparseConditionalAccumulator:
 
         Source: TensorFlow's ``SparseConditionalAccumulator.take_grad``.
         """
-        return _as_tuple(self._core.take(num_required, timeout, trim=True))
+        return as_tuple(self._core.take(num_required, timeout, trim=True))
 
     def take_indexed_slices_grad(
         self,
@@ -310,31 +310,16 @@ class SparseConditionalAccumulator:
           >>> asyncio.run(acc.take_grad_async(1)).indices
           Array([5], dtype=int32)
         """
-        return _as_tuple(await self._core.take_async(num_required, timeout, trim=True))
+        return as_tuple(await self._core.take_async(num_required, timeout, trim=True))
 
     async def take_indexed_slices_grad_async(
         self, num_required: int, *, timeout: float | None = None, trim: bool = True
     ) -> IndexedSlices:
-        """Does what `take_indexed_slices_grad` does in asyncio code.
-
-        Example:
-          >>> import asyncio, jaxaccum
-          >>> acc = jaxaccum.SparseConditionalAccumulator("float32")
-          >>> acc.apply_grad([5], [[1.0]])
-          True
-          >>> asyncio.run(acc.take_indexed_slices_grad_async(1)).dense_shape
-          (None, 1)
-        """
+        """Does what `take_indexed_slices_grad` does in asyncio code."""
         return await self._core.take_async(num_required, timeout, trim=trim)
 
     def num_accumulated(self, name: str | None = None) -> int:
-        """Returns how many gradients were accepted since the last take.
-
-        Example:
-          >>> import jaxaccum
-          >>> jaxaccum.SparseConditionalAccumulator("float32").num_accumulated()
-          0
-        """
+        """Returns how many gradients were accepted since the last take."""
         return self._core.num_accumulated()
 
     def set_global_step(self, new_global_step: ArrayLike, name: str | None = None) -> None:
@@ -391,8 +376,6 @@ class SparseConditionalAccumulator:
 
         Raises:
           InvalidArgumentError: it is of another dtype or shape; nothing has changed.
-
-        Example: see `state_dict`.
         """
         self._core.load_state_dict(state)
 
@@ -410,7 +393,8 @@ class SparseConditionalAccumulator:
         self._core.close()
 
 
-def _as_tuple(grad: IndexedSlices) -> SparseGradient:
+def as_tuple(grad: IndexedSlices) -> SparseGradient:
+    """Returns ``grad`` as TensorFlow's tuple."""
     assert grad.dense_shape is not None
     shape = [-1 if d is None else d for d in grad.dense_shape]
     return SparseGradient(grad.indices, grad.values, np.array(shape, np.int64))

@@ -3,9 +3,10 @@
 Not thread-safe: its owner holds a lock. Signals are another matter. Python runs signal handlers
 only between bytecodes that call something, so a dispatch whose result C code stores in a list,
 followed by assignments that call nothing, cannot be torn by Ctrl-C: the state has been donated and
-replaced, and counted, or nothing has happened. The first call of a program is different, for jit
-runs Python code around it: there is a moment in it when an exception would cost the state, which
-`DeviceState.is_lost` tells.
+replaced, and counted, or nothing has happened. That is why programs return tuples: to return an
+`AccumulatorState` they would run its constructor, in Python. The first call of a program is
+different, for jit runs Python code around it: there is a moment in it when an exception would cost
+the state, which `DeviceState.is_lost` tells.
 """
 
 from __future__ import annotations
@@ -15,21 +16,23 @@ import functools
 import logging
 from collections.abc import Mapping
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum import _accumulator, _slices
-from jaxaccum._devices import Placement
+from jaxaccum._devices import Placement, first_rows
 from jaxaccum._errors import InvalidArgumentError
-from jaxaccum._host_gradient import HostGradient, in_host_memory, padded_size
+from jaxaccum._host_gradient import HostGradient, padded_size
 from jaxaccum._slices import IndexedSlices
 from jaxaccum._spec import Spec
 from jaxaccum._state import AccumulatorState, Verdict, init
 
 logger = logging.getLogger("jaxaccum")
+
+_Leaves = tuple[jax.Array, ...]
 
 _SMALLEST_CAPACITY = 1024
 _TRACED = "an accumulator lives outside jit: apply and take from ordinary Python code"
@@ -44,6 +47,7 @@ class Taken:
       num_slices: bound on its rows.
       global_step: before it was taken.
       is_tentative: whether the device may have refused, for a gradient nobody had checked.
+      era: how often a state had been loaded; what was taken before then no longer counts.
       arrays: indices and values, padded to the capacity, and int32 ``[3]``: how many rows are
         real, how many gradients the device has rejected so far, and whether it did take.
     """
@@ -52,6 +56,7 @@ class Taken:
     num_slices: int
     global_step: int
     is_tentative: bool
+    era: int
     arrays: tuple[jax.Array, jax.Array, jax.Array] | None = None
 
 
@@ -69,7 +74,11 @@ class DeviceState:
         self._spec = spec
         self._capacity = capacity
         self._placement = placement
-        self._box: list[AccumulatorState] = []  # one state, or none yet
+        # The leaves of one state, or none yet, and what they are the leaves of.
+        self._box: list[_Leaves] = []
+        self._programs: _Programs
+        self._row: tuple[int, ...] | None = None
+        self._room = 0
         self._num_slices = 0  # since the last take: bound on the rows held
         self.global_step = 0
         self.num_accumulated = 0
@@ -83,30 +92,31 @@ class DeviceState:
         self._num_tentative = 0
         self._tentative_slices = 0
         self._num_rejected = 0
+        self._era = 0
 
     @property
     def capacity(self) -> int:
         """Rows there is room for."""
-        return self._box[0].capacity if self._box else self._capacity or 0
+        return self._room or self._capacity or 0
 
     def num_rows(self) -> int:
         """Returns how many rows are held, when the device has got there."""
-        return int(self._box[0].num_rows) if self._box else 0
+        return int(self._state().num_rows) if self._box else 0
 
     def add(self, gradient: HostGradient) -> None:
         """Adds a gradient; raises ``InvalidArgumentError`` where its rows have another shape."""
         box, indices, values = self._box, gradient.indices, gradient.values
-        if not box or box[0].dense_shape[1:] != gradient.row:
+        if self._row != gradient.row:
             self._check_row(gradient.row)
             self._make(gradient.row, gradient.num_slices)
-        if self._num_slices + gradient.num_slices > box[0].capacity:
+        if self._num_slices + gradient.num_slices > self._room:
             self._make_room(gradient.num_slices, may_wait=gradient.is_checked)
         if indices.shape[0] not in self.sizes:
             self.sizes.add(indices.shape[0])
         old = box[0]
-        box[:] = map(_apply, box, (indices,), (values,), (gradient.rows,))
+        box[:] = map(self._programs.apply, box, (indices,), (values,), (gradient.rows,))
         # No calls from here on: see the module's docstring.
-        if box[0].num_rows.__class__ is not old.num_rows.__class__:
+        if box[0][0].__class__ is not old[0].__class__:
             box[0] = old
             raise RuntimeError(_TRACED)
         self.num_accumulated += 1
@@ -119,14 +129,14 @@ class DeviceState:
         """Takes everything into ``taken[0]``; ``num_accumulated`` must be at least 1."""
         is_tentative = self._has_unchecked or self._num_tentative > 0
         num_slices = self._num_slices - self._tentative_slices
-        result = Taken(self.num_accumulated, num_slices, self.global_step, is_tentative)
+        result = Taken(self.num_accumulated, num_slices, self.global_step, is_tentative, self._era)
         num_rejected = np.int32(self._num_rejected)
         box, old, out = self._box, self._box[0], list[Any]()
-        size = min(padded_size(num_slices), old.capacity)
-        out[:] = map(_take, box, (num_rejected,), (size,))
+        size = min(padded_size(num_slices), self._room)
+        out[:] = map(self._programs.take, box, (num_rejected,), (size,))
         # No calls from here on: see the module's docstring.
         new, arrays = out[0]
-        if new.num_rows.__class__ is not old.num_rows.__class__:
+        if new[0].__class__ is not old[0].__class__:
             raise RuntimeError(_TRACED)
         box[0] = new
         result.arrays = arrays
@@ -148,12 +158,22 @@ class DeviceState:
           InvalidArgumentError: undone. What was valid is still there.
         """
         taken.is_tentative = False
-        self._num_tentative -= 1
-        self._tentative_slices -= taken.num_slices
         _, num_rejected, has_taken = facts.tolist()
+        is_current = taken.era == self._era
+        if is_current:
+            self._num_tentative -= 1
+            self._tentative_slices -= taken.num_slices
+            self._num_slices -= taken.num_slices if has_taken else 0
         if has_taken:
-            self._num_slices -= taken.num_slices
             return
+        if is_current:
+            self._undo(taken, num_rejected)
+        raise InvalidArgumentError(
+            "gradients applied with validate=False had indices out of range; "
+            "they were rejected, and the others are still there to be taken"
+        )
+
+    def _undo(self, taken: Taken, num_rejected: int) -> None:
         num_new = max(num_rejected - self._num_rejected, 0)
         self._num_rejected += num_new
         self.num_accumulated += taken.num_accumulated - num_new
@@ -162,10 +182,6 @@ class DeviceState:
         self.num_taken -= 1
         if self.global_step == taken.global_step + 1:
             self.global_step -= 1
-        raise InvalidArgumentError(
-            f"{num_new} gradients applied with validate=False had indices out of range; "
-            "they were rejected, and the others are still there to be taken"
-        )
 
     def gradient(self, taken: Taken, *, trim: bool) -> IndexedSlices:
         """Returns what was taken; trimmed to the real rows, it waits for the device."""
@@ -174,8 +190,8 @@ class DeviceState:
         shape = (self._spec.shape[0] if self._spec.shape else None, *values.shape[1:])
         num_rows = int(np.asarray(facts)[0]) if trim else indices.shape[0]
         if num_rows < indices.shape[0]:
-            indices = self._placement.indices(_first(indices, num_rows))
-            values = self._placement.values(_first(values, num_rows))
+            indices = self._placement.indices(first_rows(indices, num_rows))
+            values = self._placement.values(first_rows(values, num_rows))
         return IndexedSlices(indices, values, shape)
 
     def save(self) -> dict[str, np.ndarray]:
@@ -187,7 +203,7 @@ class DeviceState:
             "values": np.zeros((0, *(d or 0 for d in self._spec.shape[1:])), self._spec.sum_dtype),
         }
         if self._box and self.num_accumulated:
-            state = self._box[0]
+            state = self._state()
             num_rows, num_accumulated = int(state.num_rows), int(state.num_accumulated)
             # Copied, for the next apply overwrites the buffers.
             arrays = {k: np.array(np.asarray(getattr(state, k))[:num_rows]) for k in arrays}
@@ -203,7 +219,7 @@ class DeviceState:
             values = values.view(self._spec.sum_dtype)
         num_rows, num_accumulated = indices.size, int(saved["num_accumulated"])
         self._check_saved(indices, values, counts)
-        box: list[AccumulatorState] = []
+        state = None
         if num_accumulated:
             row = values.shape[1:]
             padding = _slices.padding_index(self._spec.shape or None)
@@ -217,21 +233,36 @@ class DeviceState:
                     num_rows=jnp.int32(num_rows),
                     num_accumulated=jnp.int32(num_accumulated),
                 )
-                box.append(self._placement.place(_accumulator.merge(empty, held)[0]))
+                state = self._placement.place(_accumulator.merge(empty, held)[0])
         global_step = int(saved["global_step"])
-        self._box[:] = box
-        self._num_slices = num_rows
-        self._num_rejected = 0
+        self._keep(state, num_rows)
+        self._era += 1
+        self._has_unchecked = False
+        self._num_tentative = self._tentative_slices = self._num_rejected = 0
         self.num_accumulated = num_accumulated
         self.global_step = global_step
 
     def clear(self) -> None:
         """Frees the device's memory."""
-        self._box.clear()
+        self._keep(None, 0)
 
     def is_lost(self) -> bool:
         """Whether a dispatch failed after it had been given the state's buffers."""
-        return bool(self._box) and self._box[0].num_rows.is_deleted()
+        return bool(self._box) and self._box[0][0].is_deleted()
+
+    def _state(self) -> AccumulatorState:
+        return jax.tree.unflatten(self._programs.treedef, self._box[0])
+
+    def _keep(self, state: AccumulatorState | None, num_slices: int) -> None:
+        """Puts a state, or none, in place of the present one."""
+        leaves, treedef = jax.tree.flatten(state)
+        box = [] if state is None else [tuple(leaves)]
+        row = None if state is None else state.values.shape[1:]
+        room = 0 if state is None else state.capacity
+        programs = _programs(treedef)
+        # No calls from here on: see the module's docstring.
+        self._box[:], self._programs, self._row = box, programs, row
+        self._room, self._num_slices = room, num_slices
 
     def _check_saved(self, indices: np.ndarray, values: np.ndarray, counts: np.ndarray) -> None:
         if values.dtype != self._spec.sum_dtype:
@@ -252,8 +283,8 @@ class DeviceState:
 
     def _check_row(self, row: tuple[int, ...]) -> None:
         rank, accumulator = 1 + len(row), self._spec.shape
-        if self._box and (self.num_accumulated or self._num_tentative):
-            pinned = self._box[0].dense_shape[1:]
+        pinned = self._row
+        if pinned is not None and (self.num_accumulated or self._num_tentative):
             if len(pinned) != len(row):
                 raise InvalidArgumentError(
                     f"Shape mismatch: expected values rank {1 + len(pinned)}, got {rank}"
@@ -289,8 +320,7 @@ class DeviceState:
         """Begins anew with rows of another shape."""
         guess = max(_SMALLEST_CAPACITY, 2 * padded_size(num_slices))
         state = self._empty(row, self._capacity or guess)
-        self._box[:] = [state]
-        self._num_slices = 0
+        self._keep(state, 0)
         self._num_rejected = 0
 
     def _make_room(self, num_slices: int, *, may_wait: bool) -> None:
@@ -299,7 +329,7 @@ class DeviceState:
         To find out, it waits for the device; so it grows too if more than half is full, lest the
         next gradient wait again.
         """
-        state = self._box[0]
+        state = self._state()
         if state.capacity == self._bounded(state.capacity + 1):
             return  # as many as there are rows
         num_rows = self._num_slices
@@ -311,9 +341,8 @@ class DeviceState:
         capacity = self._bounded(padded_size(max(num_rows + num_slices, 2 * state.capacity)))
         with jax.ensure_compile_time_eval():
             grown = self._placement.place(_accumulator.grow(state, capacity))
-        self._box[:] = [grown]
+        self._keep(grown, num_rows)
         self._capacity = capacity
-        self._num_slices = num_rows
         self.num_grown += 1
         logger.info("accumulator grown from %d to %d rows", state.capacity, capacity)
 
@@ -328,38 +357,34 @@ def _filled(host: np.ndarray, like: jax.Array, fill: int) -> jax.Array:
     return jnp.asarray(array)
 
 
-def _first(array: jax.Array, num_rows: int) -> np.ndarray:
-    """The first rows, in host memory: cut off on the device, each number would take a program."""
-    if not in_host_memory(array):
-        array = _cut(array, min(padded_size(num_rows), array.shape[0]))
-    host = np.asarray(array)[:num_rows]
-    # JAX reads host memory in place where it can. A few rows must not keep many alive.
-    return host if 2 * num_rows > array.shape[0] else host.copy()
+class _Programs(NamedTuple):
+    """What runs on the device, for states of one structure."""
+
+    treedef: jax.tree_util.PyTreeDef
+    apply: Any
+    take: Any
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def _cut(array: jax.Array, size: int) -> jax.Array:
-    return array[:size]
+@functools.cache
+def _programs(treedef: jax.tree_util.PyTreeDef) -> _Programs:
+    @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+    def apply(leaves: _Leaves, indices: jax.Array, values: jax.Array, rows: int | None) -> _Leaves:
+        state = jax.tree.unflatten(treedef, leaves)
+        gradient = IndexedSlices(indices, values, (rows, *values.shape[1:]))
+        state, _ = _accumulator.apply(state, gradient)
+        return tuple(jax.tree.leaves(state))
 
+    @functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
+    def take(leaves: _Leaves, num_rejected: jax.Array, size: int) -> tuple[_Leaves, _Leaves]:
+        state = jax.tree.unflatten(treedef, leaves)
+        rejected, num_rows = state.verdict_counts[Verdict.INVALID], state.num_rows
+        # Rejections the host has not heard of: not ready, whatever was accumulated.
+        state, gradient, ready = _accumulator.take(
+            state, jnp.where(rejected > num_rejected, jnp.int32(2**31 - 1), jnp.int32(1))
+        )
+        facts = jnp.stack([num_rows, rejected, ready.astype(jnp.int32)])
+        # XLA reads and divides only the rows that are left: their number is bounded by ``size``.
+        taken = (gradient.indices[:size], gradient.values[:size], facts)
+        return tuple(jax.tree.leaves(state)), taken
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-def _apply(
-    state: AccumulatorState, indices: jax.Array, values: jax.Array, rows: int | None
-) -> AccumulatorState:
-    gradient = IndexedSlices(indices, values, (rows, *values.shape[1:]))
-    return _accumulator.apply(state, gradient)[0]
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
-def _take(
-    state: AccumulatorState, num_rejected: jax.Array, size: int
-) -> tuple[AccumulatorState, tuple[jax.Array, jax.Array, jax.Array]]:
-    rejected = state.verdict_counts[Verdict.INVALID]
-    num_rows = state.num_rows
-    # Rejections the host has not heard of: not ready, whatever was accumulated.
-    state, gradient, ready = _accumulator.take(
-        state, jnp.where(rejected > num_rejected, jnp.int32(2**31 - 1), jnp.int32(1))
-    )
-    facts = jnp.stack([num_rows, rejected, ready.astype(jnp.int32)])
-    # XLA reads and divides only the rows that are left: their number is bounded by ``size``.
-    return state, (gradient.indices[:size], gradient.values[:size], facts)
+    return _Programs(treedef, apply, take)

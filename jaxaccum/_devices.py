@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from jaxaccum import _host_gradient
 from jaxaccum._state import AccumulatorState
 
 _spec: Callable[..., PartitionSpec] = PartitionSpec  # jax leaves its constructor untyped
@@ -58,3 +60,17 @@ class Placement:
         if isinstance(place, NamedSharding):
             place = NamedSharding(place.mesh, _spec(None, *place.spec[1:]))
         return jax.device_put(host, place)
+
+
+def first_rows(array: jax.Array, num_rows: int) -> np.ndarray:
+    """The first rows, in host memory: cut off on the device, each number would take a program."""
+    if not _host_gradient.in_host_memory(array):
+        array = _cut(array, min(_host_gradient.padded_size(num_rows), array.shape[0]))
+    host = np.asarray(array)[:num_rows]
+    # JAX reads host memory in place where it can. A few rows must not keep many alive.
+    return host if 2 * num_rows > array.shape[0] else host.copy()
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cut(array: jax.Array, size: int) -> jax.Array:
+    return array[:size]

@@ -23,6 +23,7 @@ SMALLEST_SIZE = 32
 # Below this many bytes XLA's own copy of an argument costs less than aligning ours.
 _ALIGN_FROM = 1 << 16
 _ALIGNMENT = 64
+_INT32 = np.dtype(np.int32)
 _UNSIGNED = {
     np.dtype(np.int64): np.uint64,
     np.dtype(np.uint64): np.uint64,
@@ -111,7 +112,7 @@ class GradientReader:
             rows = None if padding in (None, _slices.UNKNOWN_ROWS_PADDING) else padding
         size = padded_size(num_slices)
         return HostGradient(
-            self._padded(indices, size, _slices.padding_index((rows,)), jnp.dtype(jnp.int32)),
+            self._padded(indices, size, _slices.padding_index((rows,)), _INT32),
             self._padded(values, size, None, self._dtype),
             num_slices,
             shape[1:],

@@ -1,0 +1,159 @@
+"""SparseConditionalAccumulator beside TensorFlow's: microseconds an apply, takes included.
+
+TensorFlow runs each apply as a prepared callable of one session: once with the gradient fed as
+NumPy arrays, as ours is given, and once with the gradient baked into the graph as a constant, the
+least it can do. It wants sorted, unique ids; "raw" gives it the unsorted, repeated ones ours is
+given, which cost it less but add up to something else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+import harness
+import jax
+import numpy as np
+
+import jaxaccum
+
+FUTURE = 1 << 40  # never stale
+Gradients = list[tuple[np.ndarray, np.ndarray]]
+
+
+def gradients(rows: int, n: int, columns: int, count: int) -> Gradients:
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((n, columns), np.float32)
+    return [(rng.integers(0, rows, n), values) for _ in range(count)]
+
+
+def deduplicated(raw: Gradients) -> Gradients:
+    """Sorted and summed, as TensorFlow wants it; the time this takes is not counted."""
+    result = []
+    for ids, values in raw:
+        unique, inverse = np.unique(ids, return_inverse=True)
+        sums = np.zeros((len(unique), values.shape[1]), values.dtype)
+        np.add.at(sums, inverse, values)
+        result.append((unique, sums))
+    return result
+
+
+def ours(rows: int | None, given: Gradients) -> tuple[Callable[[int], None], Callable[[], Any]]:
+    columns = given[0][1].shape[1]
+    acc = jaxaccum.SparseConditionalAccumulator("float32", (rows, columns))
+
+    def apply(k: int) -> None:
+        acc.apply_grad(*given[k], local_step=FUTURE)
+
+    return apply, lambda: acc.take_indexed_slices_grad(1)
+
+
+def theirs(
+    rows: int | None, given: Gradients, *, feed: bool
+) -> tuple[Callable[[int], None], Callable[[], Any]]:
+    import tensorflow as tf
+
+    tf1, columns = tf.compat.v1, given[0][1].shape[1]
+    with tf1.Graph().as_default():
+        acc = tf1.SparseConditionalAccumulator(tf.float32, (rows, columns))
+        session = tf1.Session()
+        take = session.make_callable(acc.take_indexed_slices_grad(1))
+        if feed:
+            ids = tf1.placeholder(tf.int64, [None])
+            values = tf1.placeholder(tf.float32, [None, columns])
+            fed = session.make_callable(
+                acc.apply_grad(ids, values, local_step=FUTURE), [ids, values]
+            )
+            return lambda k: fed(*given[k]), take
+        baked = [
+            session.make_callable(acc.apply_grad(tf.constant(i), tf.constant(v), local_step=FUTURE))
+            for i, v in given
+        ]
+        return lambda k: baked[k](), take
+
+
+def cycle_us(
+    sides: dict[str, tuple[Callable[[int], None], Callable[[], Any]]],
+    given: int,
+    applies: int,
+    threads: int,
+    repeats: int,
+) -> dict[str, float]:
+    """Median microseconds an apply, of cycles that end with a take; sides take turns."""
+    times: dict[str, list[float]] = {name: [] for name in sides}
+    for repeat in range(repeats + 2):
+        for name, (apply, take) in sides.items():
+            start = time.perf_counter()
+            workers = [
+                threading.Thread(
+                    target=lambda a=apply, t=t: [a(k % given) for k in range(t, applies, threads)]
+                )
+                for t in range(threads)
+            ]
+            for worker in workers:
+                worker.start()
+            for worker in workers:
+                worker.join()
+            jax.block_until_ready(take())
+            if repeat >= 2:
+                times[name].append((time.perf_counter() - start) / applies * 1e6)
+    return {name: statistics.median(each) for name, each in times.items()}
+
+
+CASES = [
+    # rows, ids, columns, distinct gradients, applies a cycle, threads, repeats
+    (10_000, 32, 16, 8, 1000, 1, 9),
+    (None, 32, 16, 8, 1000, 1, 9),
+    (10_000, 32, 16, 8, 1000, 4, 9),
+    (10_000, 32, 16, 8, 1000, 8, 9),
+    (1_000_000, 4096, 64, 8, 8, 1, 9),
+    (1_000_000, 4096, 64, 8, 8, 4, 9),
+    (1_000_000, 4096, 64, 8, 8, 8, 9),
+    (1_000_000, 65_536, 64, 8, 8, 1, 5),
+    (1_000_000, 65_536, 64, 8, 8, 4, 5),
+    (1_000_000, 65_536, 64, 8, 8, 8, 5),
+]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--no-peers", action="store_true", help="where TensorFlow is missing")
+    peers = not parser.parse_args().no_peers
+    table = []
+    for rows, n, columns, count, applies, threads, repeats in CASES:
+        raw = gradients(rows or 10_000, n, columns, count)
+        sides = {"jaxaccum": ours(rows, raw)}
+        if peers:
+            sorted_ids = deduplicated(raw)
+            sides["TF fed"] = theirs(rows, sorted_ids, feed=True)
+            sides["TF constant"] = theirs(rows, sorted_ids, feed=False)
+            sides["TF fed, raw ids"] = theirs(rows, raw, feed=True)
+        times = cycle_us(sides, count, applies, threads, repeats)
+        row: dict[str, Any] = {
+            "ids x columns": f"{n} x {columns}",
+            "rows": rows or "unknown",
+            "threads": threads,
+        }
+        row |= {f"{name} us": round(us, 1) for name, us in times.items()}
+        row |= {
+            f"{name} / ours": round(us / times["jaxaccum"], 2)
+            for name, us in times.items()
+            if name != "jaxaccum"
+        }
+        table.append(row)
+    harness.report(
+        "coordinator",
+        table,
+        note="Microseconds an apply, its share of the cycle's take included.",
+    )
+
+
+if __name__ == "__main__":
+    main()
