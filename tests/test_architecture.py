@@ -53,6 +53,7 @@ ORDER = [
     "_sparse_places",
     "_sparse_checks",
     "_sparse_ops",
+    "_raw_checks",
     "raw_ops",
     "__init__",
 ]
