@@ -21,29 +21,27 @@ RESULTS = pathlib.Path(__file__).parent / "results"
 PEERS = ("jax", "jaxlib", "optax", "tensorflow-cpu", "torch", "numpy")
 
 
-def median_ms(step: Callable[[], Any], *, repeats: int = 15, warmup: int = 3) -> float:
-    """Median wall time of ``step`` in milliseconds; what it returns is waited for."""
-    for _ in range(warmup):
-        jax.block_until_ready(step())
-    times = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(step())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times) * 1e3
+def timed(step: Callable[[], Any]) -> tuple[Any, float]:
+    """What ``step`` returns, and the seconds until it is there."""
+    start = time.perf_counter()
+    result = jax.block_until_ready(step())
+    return result, time.perf_counter() - start
 
 
 def interleaved_ms(
     steps: dict[str, Callable[[], Any]], *, repeats: int = 15, warmup: int = 3
 ) -> dict[str, float]:
-    """Medians of several steps, taken in turns so that a noisy spell meets all of them alike."""
+    """Medians of several steps, taken in turns so that a noisy spell meets all of them alike.
+
+    A step may carry a function ``prepare``, called before its clock starts.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(warmup + repeats):
         for name, step in steps.items():
-            start = time.perf_counter()
-            jax.block_until_ready(step())
+            getattr(step, "prepare", lambda: None)()
+            _, seconds = timed(step)
             if repeat >= warmup:
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds)
     return {name: statistics.median(ts) * 1e3 for name, ts in times.items()}
 
 
