@@ -42,7 +42,7 @@ def make_batches():
         if len(rows) == BATCH:
             values[:BATCH] = 0.3 + rng.normal(size=(BATCH, WIDTH))
         slices = IndexedSlices(jnp.asarray(indices, jnp.int32), jnp.asarray(values), (ROWS, WIDTH))
-        batches.append({"bias": jnp.ones(2), "table": slices})
+        batches.append({"bias": jnp.ones(2, jnp.float32), "table": slices})
     return batches
 
 
@@ -118,9 +118,11 @@ def test_rows_that_never_sleep_are_not_moved():
     for _ in range(3):
         values = jnp.asarray(rng.normal(size=(ROWS, WIDTH)), jnp.float32)
         slices = IndexedSlices(jnp.arange(ROWS, dtype=jnp.int32), values, (ROWS, WIDTH))
-        updates, state = lazy_step({"bias": jnp.ones(2), "table": slices}, state, params)
+        updates, state = lazy_step(
+            {"bias": jnp.ones(2, jnp.float32), "table": slices}, state, params
+        )
         params = jaxaccum.apply_updates(params, updates)
-        grads = {"bias": jnp.ones(2), "table": values}
+        grads = {"bias": jnp.ones(2, jnp.float32), "table": values}
         updates, expected_state = step(grads, expected_state, expected)
         expected = optax.apply_updates(expected, updates)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), params, expected)
@@ -130,9 +132,9 @@ def test_rows_that_never_sleep_are_not_moved():
 def test_untouched_rows_stay_as_they_are():
     tx, params = jaxaccum.lazy_rows(optax.adamw(0.1), catch_up=True), make_params()
     state, update = tx.init(params), jax.jit(tx.update)
-    slices = IndexedSlices(jnp.array([7, ROWS]), jnp.ones((2, WIDTH)), (ROWS, WIDTH))
+    slices = IndexedSlices(jnp.array([7, ROWS]), jnp.ones((2, WIDTH), jnp.float32), (ROWS, WIDTH))
     for _ in range(2):
-        updates, state = update({"bias": jnp.ones(2), "table": slices}, state, params)
+        updates, state = update({"bias": jnp.ones(2, jnp.float32), "table": slices}, state, params)
         assert list(updates["table"].indices) == [7, ROWS]
     moments = state.inner_state[0].nu["table"]
     assert list(np.flatnonzero(np.any(moments != 0, axis=1))) == [7]
