@@ -172,12 +172,37 @@ def _exchange_rows(
     num_rows = jnp.where(tally.is_merged & (device > 0), 0, tally.num_rows)
     is_held = jnp.arange(max_rows, dtype=jnp.int32)[None, :] < num_rows[:, None]
     ids = jnp.where(is_held, indices, NOWHERE)
-    size = min(state.capacity, num_devices * max_rows)
-    distinct, num_distinct = _distinct(ids.reshape(-1), size)
-    slot = jnp.searchsorted(distinct, ids).astype(jnp.int32)
-    is_in = is_held & (distinct.at[slot].get(mode="fill", fill_value=NOWHERE) == ids)
-    slot = jnp.where(is_in, slot, NOWHERE)
+    size, rows = min(state.capacity, num_devices * max_rows), state.dense_shape[0]
+    if rows is not None and rows <= _BITMAP_ROWS_PER_ID * ids.size:
+        slot, num_distinct = _ranks_in_bitmap(ids, rows)
+        slot = jnp.where(slot < size, slot, NOWHERE)
+        distinct = jnp.full(size, NOWHERE, jnp.int32).at[slot].set(ids, mode="drop")
+    else:
+        distinct, num_distinct = _distinct(ids.reshape(-1), size)
+        slot = jnp.searchsorted(distinct, ids).astype(jnp.int32)
+        is_in = is_held & (distinct.at[slot].get(mode="fill", fill_value=NOWHERE) == ids)
+        slot = jnp.where(is_in, slot, NOWHERE)
     return tally, Rows(distinct, num_distinct, slot, values, counts)
+
+
+# On a CPU, sorting ids and looking them up takes about 50 ns each, a bitmap about 0.3 ns a row.
+_BITMAP_ROWS_PER_ID = 128
+
+
+def _ranks_in_bitmap(ids: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """How many distinct ids lie below each, NOWHERE for NOWHERE; and how many there are in all."""
+    num_words = max(-(-rows // 32), 1)
+    is_held = jnp.zeros(32 * num_words, jnp.uint8).at[ids].set(1, mode="drop")
+    lane = jnp.arange(32, dtype=jnp.uint32)[None, :]
+    bits = is_held.reshape(num_words, 32).astype(jnp.uint32) << lane
+    words = jnp.sum(bits, axis=1, dtype=jnp.uint32)
+    counts = jax.lax.population_count(words).astype(jnp.int32)
+    ends = jnp.cumsum(counts)
+    word, bit = ids >> 5, (ids & 31).astype(jnp.uint32)
+    below = words.at[word].get(mode="fill", fill_value=0) & ((jnp.uint32(1) << bit) - 1)
+    rank = (ends - counts).at[word].get(mode="fill", fill_value=0)
+    rank += jax.lax.population_count(below).astype(jnp.int32)
+    return jnp.where(ids == NOWHERE, NOWHERE, rank), ends[-1]
 
 
 def _distinct(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
