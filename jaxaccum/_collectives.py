@@ -32,12 +32,12 @@ def all_merge(
 
     * OVERFLOW: the distinct rows of all devices exceed the capacity, or one device holds more than
       ``max_rows``. Nothing is lost; `grow` and merge again.
-    * INVALID: gradients were merged before, not taken, and others came on top. Merging them again
-      would count the first ones once a device. `take` between two merges, or use `all_take`, which
-      merges only what it takes.
+    * INVALID: a device still holds merged gradients, not taken since. Merging them again would
+      count them once a device. `take` between two merges, or use `all_take`, which merges only
+      what it takes.
 
     What all devices have in common after a merge is remembered, so that verdict counts stay right
-    over any number of merges. A merge of merged states changes nothing.
+    over any number of merges, as long as all are over the same axes.
 
     Args:
       state: this device's accumulator.

@@ -112,13 +112,6 @@ class _Tally(NamedTuple):
         )
         return cls(num_rows[:, 0], accumulated[:, 0], shared[:, 0], step[:, 0], *verdicts)
 
-    @property
-    def is_merged(self) -> jax.Array:
-        """Whether all devices hold what a merge has left them with, and nothing else."""
-        return jnp.all(self.num_shared == self.num_shared[0]) & jnp.all(
-            self.num_accumulated == self.num_shared
-        )
-
 
 def union(
     state: AccumulatorState,
@@ -137,7 +130,7 @@ def union(
         too_many = jnp.any(tally.num_rows > max_rows)
     verdict = jnp.select(
         [
-            jnp.any(tally.num_shared > 0) & ~tally.is_merged,
+            jnp.any(tally.num_shared > 0),
             too_many | (rows.num_rows > state.capacity),
         ],
         [jnp.int32(Verdict.INVALID), jnp.int32(Verdict.OVERFLOW)],
@@ -146,9 +139,7 @@ def union(
     news = tally.verdict_counts - tally.shared_verdicts
     return Union(
         rows=rows,
-        num_accumulated=jnp.where(
-            tally.is_merged, tally.num_shared[0], jnp.sum(tally.num_accumulated, dtype=jnp.int32)
-        ),
+        num_accumulated=jnp.sum(tally.num_accumulated, dtype=jnp.int32),
         global_step=jnp.max(tally.global_step),
         verdict_counts=jnp.max(tally.shared_verdicts, axis=0)
         + jnp.sum(news, axis=0, dtype=jnp.int32),
@@ -166,18 +157,39 @@ def _exchange_rows(
     )
     values = all_gather(state.values[:max_rows], axis_name)
     tally = _Tally.unpack(packed)
-    num_devices = indices.shape[0]
-    # Merged states are all alike: the first device's is the union.
-    device = jnp.arange(num_devices, dtype=jnp.int32)
-    num_rows = jnp.where(tally.is_merged & (device > 0), 0, tally.num_rows)
-    is_held = jnp.arange(max_rows, dtype=jnp.int32)[None, :] < num_rows[:, None]
+    is_held = jnp.arange(max_rows, dtype=jnp.int32)[None, :] < tally.num_rows[:, None]
     ids = jnp.where(is_held, indices, NOWHERE)
-    size = min(state.capacity, num_devices * max_rows)
-    distinct, num_distinct = _distinct(ids.reshape(-1), size)
-    slot = jnp.searchsorted(distinct, ids).astype(jnp.int32)
-    is_in = is_held & (distinct.at[slot].get(mode="fill", fill_value=NOWHERE) == ids)
-    slot = jnp.where(is_in, slot, NOWHERE)
+    size, rows = min(state.capacity, ids.size), state.dense_shape[0]
+    if rows is not None and rows <= _BITMAP_ROWS_PER_ID * ids.size:
+        slot, num_distinct = _ranks_in_bitmap(ids, rows)
+        slot = jnp.where(slot < size, slot, NOWHERE)
+        distinct = jnp.full(size, NOWHERE, jnp.int32).at[slot].set(ids, mode="drop")
+    else:
+        distinct, num_distinct = _distinct(ids.reshape(-1), size)
+        slot = jnp.searchsorted(distinct, ids).astype(jnp.int32)
+        is_in = is_held & (distinct.at[slot].get(mode="fill", fill_value=NOWHERE) == ids)
+        slot = jnp.where(is_in, slot, NOWHERE)
     return tally, Rows(distinct, num_distinct, slot, values, counts)
+
+
+# On a CPU, sorting ids and looking them up takes about 50 ns each, a bitmap about 0.3 ns a row.
+_BITMAP_ROWS_PER_ID = 128
+
+
+def _ranks_in_bitmap(ids: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """How many distinct ids lie below each, NOWHERE for NOWHERE; and how many there are in all."""
+    num_words = max(-(-rows // 32), 1)
+    is_held = jnp.zeros(32 * num_words, jnp.uint8).at[ids].set(1, mode="drop")
+    lane = jnp.arange(32, dtype=jnp.uint32)[None, :]
+    bits = is_held.reshape(num_words, 32).astype(jnp.uint32) << lane
+    words = jnp.sum(bits, axis=1, dtype=jnp.uint32)
+    counts = jax.lax.population_count(words).astype(jnp.int32)
+    ends = jnp.cumsum(counts)
+    word, bit = ids >> 5, (ids & 31).astype(jnp.uint32)
+    below = words.at[word].get(mode="fill", fill_value=0) & ((jnp.uint32(1) << bit) - 1)
+    rank = (ends - counts).at[word].get(mode="fill", fill_value=0)
+    rank += jax.lax.population_count(below).astype(jnp.int32)
+    return jnp.where(ids == NOWHERE, NOWHERE, rank), ends[-1]
 
 
 def _distinct(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
@@ -195,9 +207,8 @@ def _exchange_dense(
 ) -> tuple[_Tally, Rows]:
     """Every device sums its share of the table over all devices, and gathers all shares."""
     tally = _Tally.unpack(all_gather(_Tally.pack(state), axis_name))
-    is_copy = tally.is_merged & (jax.lax.axis_index(axis_name) > 0)
     slot = jnp.arange(state.capacity, dtype=jnp.int32)
-    ids = jnp.where((slot < state.num_rows) & ~is_copy, state.indices, NOWHERE)
+    ids = jnp.where(slot < state.num_rows, state.indices, NOWHERE)
     rows = state.dense_shape[0] or 0
     share = -(-rows // num_devices)
 

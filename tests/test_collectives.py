@@ -113,7 +113,7 @@ def test_max_rows_is_exact():
 
 @pytest.mark.parametrize("exchange", ["rows", "dense"])
 def test_what_is_merged_is_not_merged_again(exchange):
-    """Twice changes nothing, more on top is refused; after a take all goes on, counts and all."""
+    """Refused, with or without more on top; after a take all goes on, counts and all."""
 
     def program(axis_name, ids, values):
         def merge(state):
@@ -132,15 +132,17 @@ def test_what_is_merged_is_not_merged_again(exchange):
 
     values = np.ones((NUM_DEVICES, 2, 1), np.float32)
     once, twice, refused, again, verdicts = run(program, disjoint_ids(4), values)
-    expected = [Verdict.ACCEPTED, Verdict.INVALID, Verdict.ACCEPTED]
+    expected = [Verdict.INVALID, Verdict.INVALID, Verdict.ACCEPTED]
     assert (np.asarray(verdicts) == expected).all()
-    assert bits(once) == bits(twice)
-    # Eight gradients; one more and seven stale ones by themselves; the refusal; eight more.
+    before, after = bits(once), bits(twice)
+    changed = {name for name in before if before[name] != after[name]}
+    assert changed == {".verdict_counts", ".shared_verdicts"}
+    # Eight gradients; one more and seven stale ones by themselves; two refusals; eight more.
     for i in range(NUM_DEVICES):
         own = [1, 0] if i == 0 else [0, 1]
         counts = device(refused, i).verdict_counts.tolist()
-        assert counts == [8 + own[0], own[1], 0, 1]
-        assert device(again, i).verdict_counts.tolist() == [8 + 1 + 8, 7, 0, 1]
+        assert counts == [8 + own[0], own[1], 0, 2]
+        assert device(again, i).verdict_counts.tolist() == [8 + 1 + 8, 7, 0, 2]
         assert device(again, i).num_accumulated == 8
 
 
@@ -196,14 +198,14 @@ def test_dtypes_and_reductions(dtype):
             assert not np.asarray(taken.values)[:, 2:].any()
 
 
-def test_axes_can_be_merged_one_at_a_time():
-    """Over the cores of each host first; then hosts differ, and are alike after the second take."""
+def test_one_axis_of_two_can_be_merged():
+    """Over the cores of each host alone: hosts differ, and a merge over hosts is then refused."""
 
     def program(axes, ids, values):
         state = filled(axes, ids, values)
         _, by_host, _, _ = jaxaccum.all_take(state, axes[1])
         merged, _ = jaxaccum.all_merge(state, axes[1])
-        return by_host, held_sum(merged)
+        return by_host, held_sum(merged), jaxaccum.all_merge(merged, axes[0])[1]
 
     def held_sum(state):
         used = jnp.arange(state.capacity, dtype=jnp.int32) < state.num_rows
@@ -211,7 +213,8 @@ def test_axes_can_be_merged_one_at_a_time():
 
     values = np.repeat(np.arange(NUM_DEVICES, dtype=np.float32), 2).reshape(NUM_DEVICES, 2, 1)
     ids = np.tile(np.array([3, 5], np.int32), (NUM_DEVICES, 1))
-    by_host, sums = run(program, ids, values, way="two_axes")
+    by_host, sums, verdict = run(program, ids, values, way="two_axes")
+    assert (np.asarray(verdict) == Verdict.INVALID).all()
     assert (np.asarray(by_host.values)[:4, :2] == 1.5).all()
     assert (np.asarray(by_host.values)[4:, :2] == 5.5).all()
     assert (np.asarray(sums) == [2 * 6] * 4 + [2 * 22] * 4).all()
