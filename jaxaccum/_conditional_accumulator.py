@@ -274,15 +274,16 @@ class SparseConditionalAccumulator:
         """Waits and takes as `take_grad` does, and returns an `IndexedSlices`.
 
         Args:
-          num_required, name, timeout: as for `take_grad`.
+          num_required: at least 1.
+          name: ignored.
+          timeout: seconds to wait, or ``None``.
           trim: whether to cut the padding off, which waits for the device. Padded to the capacity
             the gradient does not change its size, so that what consumes it compiles once.
 
         Returns:
           The reduced gradient, rows ascending; its row count is ``None`` where unknown.
 
-        Raises:
-          InvalidArgumentError, DeadlineExceededError, CancelledError: as for `take_grad`.
+        It raises what `take_grad` does.
 
         Example:
           >>> import jaxaccum
