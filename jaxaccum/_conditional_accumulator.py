@@ -210,9 +210,10 @@ class SparseConditionalAccumulator:
           CancelledError: the accumulator is closed.
 
         Example:
-          >>> import jax.numpy as jnp, jaxaccum
-          >>> acc = jaxaccum.SparseConditionalAccumulator(jnp.float32, shape=(4, 1))
-          >>> grad = jaxaccum.IndexedSlices(jnp.array([2, 4]), jnp.ones((2, 1)), (4, 1))
+          >>> import jaxaccum, numpy as np
+          >>> acc = jaxaccum.SparseConditionalAccumulator("float32", shape=(4, 1))
+          >>> values = np.ones((2, 1), np.float32)
+          >>> grad = jaxaccum.IndexedSlices(np.array([2, 4]), values, (4, 1))
           >>> acc.apply_indexed_slices_grad(grad), acc.take_grad(1).indices  # 4 is padding
           (True, Array([2], dtype=int32))
 
@@ -275,15 +276,14 @@ class SparseConditionalAccumulator:
         Args:
           num_required: at least 1.
           name: ignored.
-          timeout: seconds to wait; 0 only looks, ``None`` waits for ever.
+          timeout: seconds to wait, or ``None``.
           trim: whether to cut the padding off, which waits for the device. Padded to the capacity
             the gradient does not change its size, so that what consumes it compiles once.
 
         Returns:
           The reduced gradient, rows ascending; its row count is ``None`` where unknown.
 
-        Raises:
-          InvalidArgumentError, DeadlineExceededError, CancelledError: as for `take_grad`.
+        It raises what `take_grad` does.
 
         Example:
           >>> import jaxaccum

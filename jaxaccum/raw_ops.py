@@ -184,8 +184,8 @@ def SparseAdd(
       >>> import jaxaccum
       >>> jaxaccum.raw_ops.SparseAdd(
       ...     a_indices=[[0], [2]], a_values=[1.0, 2.0], a_shape=[4],
-      ...     b_indices=[[2]], b_values=[-2.0], b_shape=[4], thresh=0.1).sum_values
-      Array([1.], dtype=float32)
+      ...     b_indices=[[2]], b_values=[-2.0], b_shape=[4], thresh=0.1).sum_values.tolist()
+      [1.0]
 
     Source: TensorFlow's ``tf.raw_ops.SparseAdd``.
     """
@@ -217,9 +217,10 @@ def SparseAddGrad(
 
     Example:
       >>> import jaxaccum
-      >>> jaxaccum.raw_ops.SparseAddGrad(
+      >>> grads = jaxaccum.raw_ops.SparseAddGrad(
       ...     backprop_val_grad=[3.0], a_indices=[[0]], b_indices=[[2]], sum_indices=[[0]])
-      _AddGrads(a_val_grad=Array([3.], dtype=float32), b_val_grad=Array([0.], dtype=float32))
+      >>> grads.a_val_grad.tolist(), grads.b_val_grad.tolist()
+      ([3.0], [0.0])
 
     Source: TensorFlow's ``tf.raw_ops.SparseAddGrad``.
     """
@@ -252,9 +253,10 @@ def SparseSlice(
 
     Example:
       >>> import jaxaccum
-      >>> jaxaccum.raw_ops.SparseSlice(
-      ...     indices=[[0], [2]], values=[1.0, 2.0], shape=[4], start=[1], size=[9]).output_indices
-      Array([[1]], dtype=int32)
+      >>> part = jaxaccum.raw_ops.SparseSlice(
+      ...     indices=[[0], [2]], values=[1.0, 2.0], shape=[4], start=[1], size=[9])
+      >>> part.output_indices.tolist(), part.output_values.tolist()
+      ([[1]], [2.0])
 
     Source: TensorFlow's ``tf.raw_ops.SparseSlice``.
     """
@@ -291,8 +293,8 @@ def SparseSliceGrad(
       >>> import jaxaccum
       >>> jaxaccum.raw_ops.SparseSliceGrad(
       ...     backprop_val_grad=[3.0], input_indices=[[0], [2]], input_start=[1],
-      ...     output_indices=[[1]])
-      Array([0., 3.], dtype=float32)
+      ...     output_indices=[[1]]).tolist()
+      [0.0, 3.0]
 
     Source: TensorFlow's ``tf.raw_ops.SparseSliceGrad``.
     """

@@ -120,7 +120,7 @@ BAD = {
     "nan": ({"grad_indices": [float("nan")], "grad_values": ONE}, "whole numbers, got nan"),
     "text": ({"grad_indices": ["a"], "grad_values": ONE}, "integers"),
     "float64": ({"grad_indices": [1], "grad_values": np.ones((1, 2))}, "int32 .*got float64"),
-    "jax dtype": ({"grad_indices": [1], "grad_values": jnp.ones((1, 2))}, "int32 .*got float32"),
+    "jax dtype": ({"grad_indices": [1], "grad_values": jnp.ones((1, 2))}, "int32 .*got float"),
     "list of floats": ({"grad_indices": [1], "grad_values": [[1.5, 2.0]]}, "int32 .*got float64"),
     "list too large": ({"grad_indices": [1], "grad_values": [[2**31, 0]]}, "must fit int32"),
     "scalar values": ({"grad_indices": [1], "grad_values": 1}, "Values cannot be 0-dimensional."),
@@ -449,11 +449,11 @@ def test_values_may_be_sharded(spec):
     sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
     acc = takers.accumulator(shape=(16, 4), device=sharding, capacity=4)
     for step in range(2):
-        for ids in ([1, 2, 5], [8, 9, 10], [1, 11, 12]):
+        for ids in ([1, 2, 5], [8, 9, 10], [1, 2, 11]):
             acc.apply_grad(ids, np.full((3, 4), 2, np.int32), local_step=step)
         grad = acc.take_indexed_slices_grad(3)
-        np.testing.assert_array_equal(grad.indices, [1, 2, 5, 8, 9, 10, 11, 12])
-        np.testing.assert_array_equal(np.asarray(grad.values)[:, 0], [4] + [2] * 7)
+        np.testing.assert_array_equal(grad.indices, [1, 2, 5, 8, 9, 10, 11])
+        np.testing.assert_array_equal(np.asarray(grad.values)[:, 0], [4, 4] + [2] * 5)
         assert len(grad.values.devices()) == 2
 
 
