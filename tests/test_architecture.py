@@ -9,7 +9,6 @@ import pathlib
 import subprocess
 import sys
 
-import jax
 import pytest
 
 import jaxaccum
@@ -117,11 +116,11 @@ def test_public_names_are_documented_with_an_example(name):
         assert doctest.DocTestParser().get_examples(value.__doc__), f"{name} has no example"
 
 
+@pytest.mark.usefixtures("as_it_comes")
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_docstring_examples_run(path):
     stem = "jaxaccum" if path.stem == "__init__" else f"jaxaccum.{path.stem}"
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        result = doctest.testmod(importlib.import_module(stem))
+    result = doctest.testmod(importlib.import_module(stem))
     assert result.failed == 0
 
 
