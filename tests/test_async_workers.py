@@ -14,6 +14,8 @@ sys.path.insert(0, str(EXAMPLES))
 import async_workers as example  # noqa: E402
 import complex_model as model  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 NUM_ENTITIES = 30
 SHORT = ["--batch=32", "--negatives=16", "--dims=4", "--test-triples=20", "--n3=0"]
 

@@ -6,7 +6,11 @@ import re
 import subprocess
 import sys
 
+import pytest
+
 import jaxaccum
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = pathlib.Path(__file__).parent.parent / "examples"
 SHORT = ["--epochs=1", "--batch=512", "--micro-batches=4", "--dims=8"]

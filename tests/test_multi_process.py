@@ -15,6 +15,8 @@ import pytest
 
 import jaxaccum
 
+pytestmark = pytest.mark.slow
+
 STEPS = 6
 HERE = pathlib.Path(__file__).parent
 

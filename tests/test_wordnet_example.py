@@ -20,6 +20,8 @@ sys.path.insert(0, str(EXAMPLES))
 import complex_model as model  # noqa: E402
 import wordnet_embeddings as example  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 NUM_ENTITIES = 60
 # 8 chunks of 3 micro-batches an epoch, 5 micro-batches a step: epochs end in mid-accumulation.
 SHORT = ["--batch=40", "--micro-batches=5", "--negatives=16", "--dims=5", "--save-every=1"]
