@@ -2,8 +2,8 @@
 
 The loss is a plain function of whole tables. Each step accumulates its gradients over several
 micro-batches by row and runs optax's Adagrad on their mean and on the rows it holds, all in one
-jitted, donated scan. Without arguments it reproduces the
-figures of the README; --help explains the rest.
+jitted, donated scan. Without arguments it reproduces the figures of the README; --help explains
+the rest.
 """
 
 from __future__ import annotations
@@ -152,10 +152,10 @@ def train_chunk(
         sparse_grad = functools.partial(jaxaccum.value_and_sparse_grad, tables=ROWS)
         value_and_grad = jax.value_and_grad if args.dense else sparse_grad
         value, grads = value_and_grad(loss)(state.params)
-        updates, optimizer = tx.update(grads, state.optimizer, state.params)
+        updates, opt_state = tx.update(grads, state.optimizer, state.params)
         # All change in place: XLA copies nothing through the optimizer's branches, nor the scan.
         params = jaxaccum.apply_updates(state.params, updates)
-        return State(params, optimizer, state.micro_step + 1), value
+        return State(params, opt_state, state.micro_step + 1), value
 
     return jax.lax.scan(micro_step, state, batches)
 
