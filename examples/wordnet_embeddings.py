@@ -1,8 +1,9 @@
 """Trains ComplEx embeddings of all of WordNet 3.0 on gradients that never leave the rows touched.
 
-Each step accumulates the gradients of several micro-batches with jaxaccum, takes their mean and
-updates the rows it holds, all in one jitted, donated scan. Without arguments it reproduces the
-figures of the README; --help explains the rest.
+The loss is a plain function of whole tables. Each step accumulates its gradients over several
+micro-batches by row and runs optax's Adagrad on their mean and on the rows it holds, all in one
+jitted, donated scan. Without arguments it reproduces the figures of the README; --help explains
+the rest.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from rich.table import Table
 import jaxaccum
 
 Args = argparse.Namespace
+ROWS = model.Tables(entities=True, relations=False)  # each step touches all relations
 CHUNKS_PER_EPOCH = 8  # calls of the compiled scan, and looks at the progress bar, in an epoch
 NOT_IN_SETTINGS = ("data", "epochs", "near", "out", "plot", "resume", "save_every", "test_triples")
 console = Console(highlight=False)
@@ -57,8 +59,7 @@ class State(NamedTuple):
     """All that training carries from one micro-batch to the next."""
 
     params: model.Tables
-    optimizer: Any  # sums of squared gradients; with --dense, the state of optax
-    pending: model.Tables | None  # accumulators; with --dense they are in the state of optax
+    optimizer: Any  # Adagrad's sums of squares, and the gradients accumulated so far
     micro_step: jax.Array
 
 
@@ -120,57 +121,41 @@ def at_least(low: float, kind: type) -> Callable[[str], Any]:
 
 def init_state(key: jax.Array, graph: model.Graph, args: Args) -> State:
     params = model.init_params(key, graph, args.dims, args.init_scale)
-    if args.dense:
-        return State(params, dense_optimizer(args).init(params), None, jnp.int32(0))
-    # No step can touch more rows than this, so that nothing is ever refused.
-    capacity = args.micro_batches * args.negatives + 2 * args.batch
-    squares = jax.tree.map(jnp.zeros_like, params)
-    return State(params, squares, model.init_accumulators(params, capacity), jnp.int32(0))
+    return State(params, optimizer(args, len(graph.entities)).init(params), jnp.int32(0))
 
 
-def sparse_step(args: Args, state: State, lookups: model.Tables) -> tuple[State, jax.Array]:
-    """Accumulates one micro-batch; takes the mean and updates its rows when all are together."""
-    value, grads = model.sparse_grads(state.params, lookups, args.n3)
-    applied = [jaxaccum.apply(acc, grad) for acc, grad in zip(state.pending, grads, strict=True)]
-    pending = model.Tables(*(acc for acc, _ in applied))
-    # All three change in place: XLA copies nothing through the branches, nor through the scan.
-    updated = jax.lax.cond(
-        jaxaccum.num_accumulated(pending.entities) >= args.micro_batches,
-        functools.partial(model.take_and_update, learning_rate=args.learning_rate),
-        lambda *unchanged: unchanged,
-        *(state.params, state.optimizer, pending),
-    )
-    return State(*updated, state.micro_step), value
-
-
-def dense_optimizer(args: Args) -> optax.MultiSteps:
+def optimizer(args: Args, num_entities: int) -> Any:
+    """Adagrad on the mean gradient of so many micro-batches, of rows or of whole tables."""
     adagrad = optax.adagrad(args.learning_rate, 0.0, eps=model.ADAGRAD_EPS)
-    return optax.MultiSteps(adagrad, args.micro_batches)
-
-
-def dense_step(args: Args, state: State, lookups: model.Tables) -> tuple[State, jax.Array]:
-    """The same, differentiating and updating whole tables."""
-
-    def loss(params: model.Tables) -> jax.Array:
-        return model.loss(model.gather(params, lookups), args.n3)
-
-    value, grads = jax.value_and_grad(loss)(state.params)
-    updates, optimizer = dense_optimizer(args).update(grads, state.optimizer, state.params)
-    params = optax.apply_updates(state.params, updates)
-    return State(params, optimizer, None, state.micro_step), value
+    if args.dense:
+        return optax.MultiSteps(adagrad, args.micro_batches)
+    # No step can touch more rows than this, so that nothing is ever refused.
+    touched = args.micro_batches * args.negatives + 2 * args.batch
+    capacity = min(touched, num_entities)
+    return jaxaccum.accumulate(adagrad, args.micro_batches, tables=ROWS, capacity=capacity)
 
 
 def train_chunk(
     args: Args, num_entities: int, state: State, batches: jax.Array, key: jax.Array
 ) -> tuple[State, jax.Array]:
     """Scans over micro-batches, int32 ``[n, B, 3]``; returns the state and ``n`` losses."""
+    tx = optimizer(args, num_entities)
 
     def micro_step(state: State, triples: jax.Array) -> tuple[State, jax.Array]:
         # The stream of negatives is a function of the micro-step: nothing else has to be resumed.
         draw = jax.random.fold_in(key, state.micro_step)
         lookups = model.sample_lookups(draw, triples, args.negatives, num_entities)
-        state, value = (dense_step if args.dense else sparse_step)(args, state, lookups)
-        return state._replace(micro_step=state.micro_step + 1), value
+
+        def loss(params: model.Tables) -> jax.Array:
+            return model.loss(model.gather(params, lookups), args.n3)
+
+        sparse_grad = functools.partial(jaxaccum.value_and_sparse_grad, tables=ROWS)
+        value_and_grad = jax.value_and_grad if args.dense else sparse_grad
+        value, grads = value_and_grad(loss)(state.params)
+        updates, opt_state = tx.update(grads, state.optimizer, state.params)
+        # All change in place: XLA copies nothing through the optimizer's branches, nor the scan.
+        params = jaxaccum.apply_updates(state.params, updates)
+        return State(params, opt_state, state.micro_step + 1), value
 
     return jax.lax.scan(micro_step, state, batches)
 

@@ -191,7 +191,7 @@ def test_interrupted_within_an_epoch_and_resumed(run, trained, tmp_path, monkeyp
     def interrupting(args, graph, state, run):
         end_chunk(args, graph, state, run)
         if run.chunk == 11:
-            assert int(state.pending.entities.num_accumulated) == 11 * 3 % 5
+            assert int(state.optimizer.num_accumulated) == 11 * 3 % 5
             os.kill(os.getpid(), signal.SIGINT)
 
     monkeypatch.setattr(example, "end_chunk", interrupting)
