@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxaccum
-from benchmarks import harness
+import harness
 
 WIDTH = 64
 

@@ -28,7 +28,7 @@ import numpy as np
 import optax
 
 import jaxaccum
-from benchmarks import harness
+import harness
 
 WIDTH, BATCH, MICRO_BATCHES = 64, 4096, 4
 TABLES = {"hidden": False, "table": True}
