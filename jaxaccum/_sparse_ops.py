@@ -279,7 +279,7 @@ def sparse_slice_grad(
     """
     named = {"input_indices": input_indices, "output_indices": output_indices}
     grad, (rows, out) = checks.grad_and_rows(backprop_val_grad, named)
-    (found,) = _match(*checks.shifted(rows, input_start, out))
+    found = _match_in_line(*checks.shifted(rows, input_start, out))
     checks.all_propagated(_count_used(found, grad), len(grad))
     val_grad: jax.Array = _pull(grad, found)
     return val_grad
@@ -287,6 +287,7 @@ def sparse_slice_grad(
 
 # Compiled apart from the gathers, so that a new dtype of the gradient compiles no new search.
 _match = jax.jit(keys.match_rows)
+_match_in_line = jax.jit(keys.match_in_line)
 
 
 @jax.jit

@@ -39,3 +39,23 @@ def test_count_before_agrees_with_numpy(size):
     mask = np.random.default_rng(size).random(size) < 0.5
     want = np.concatenate([[0], np.cumsum(mask)])
     np.testing.assert_array_equal(keys.count_before(jnp.array(mask)), want)
+
+
+def in_line_cases():
+    """Output rows, input rows counted as they are: guessed right at first, never afterwards."""
+    rows = [[0, 9], [1, 2], [1, 3], [2, 2], [3, 0]]
+    yield rows[1:4], rows
+    yield rows[1:4], rows[::-1]  # out of order
+    yield rows[1:4][::-1], rows[::-1]  # both in the same order, which does not ascend
+    yield rows[1:3], [*rows[:2], rows[1], *rows[2:]]  # a repeated input: one row too many
+    yield [rows[1], rows[1], rows[2]], [*rows[:2], rows[1], *rows[2:]]  # repeated on both sides
+    yield [[1, 2], [2, 2], [2, 3]], rows  # as many in the box, of which one differs
+    yield rows, rows[1:4]  # rows of the table left over
+    yield rows[1:4], [[9, 9]] * 5
+
+
+@pytest.mark.parametrize(("table", "asked"), list(in_line_cases()))
+def test_match_in_line_is_match_rows(table, asked):
+    place = {tuple(row): i for i, row in reversed(list(enumerate(table)))}
+    want = [place.get(tuple(row), len(table)) for row in asked]
+    assert jax.jit(keys.match_in_line)(jnp.array(table), jnp.array(asked)).tolist() == want
