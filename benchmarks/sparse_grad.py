@@ -14,11 +14,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import harness
 import jax
 import jax.numpy as jnp
 
 import jaxaccum
-import harness
 
 WIDTH = 64
 

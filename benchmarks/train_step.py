@@ -22,13 +22,13 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
 import jaxaccum
-import harness
 
 WIDTH, BATCH, MICRO_BATCHES = 64, 4096, 4
 TABLES = {"hidden": False, "table": True}
