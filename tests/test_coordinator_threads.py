@@ -214,8 +214,10 @@ def test_losing_the_state_is_loud(watch, caplog):
 
 
 def run(program):
+    # What a shell starts in the background is born deaf to Ctrl-C, and so are its children.
+    hearing = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(program)],
+        [sys.executable, "-c", hearing + textwrap.dedent(program)],
         cwd=pathlib.Path(__file__).parent,
         env={**os.environ, "PYTHONPATH": str(pathlib.Path(jaxaccum.__file__).parents[1])},
         timeout=takers.PATIENCE * 2,
