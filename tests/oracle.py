@@ -56,7 +56,9 @@ class Oracle:
             return total.astype(self.dtype)
         count = touched if self.reduction == "mean" else self.num_accumulated
         if np.issubdtype(self.sum_dtype, np.integer):
-            return np.trunc(total.astype(np.float64) / count).astype(self.dtype)
+            # In Python's integers: 64 bits do not fit a float.
+            exact = [abs(int(t)) // count * (1 if t >= 0 else -1) for t in total.ravel()]
+            return np.array(exact, object).reshape(total.shape).astype(self.dtype)
         return (total / np.asarray(count).astype(self.sum_dtype)).astype(self.dtype)
 
     def merge(self, other):

@@ -261,10 +261,10 @@ def test_capacity_is_exact():
 def test_hash_table_survives_a_gradient_larger_than_itself():
     """Twice as many distinct ids as places: probing must end, and leave no trace."""
     state = jaxaccum.init((None, 1), capacity=8)
-    some = IndexedSlices(jnp.array([2**31 - 2, 0, 77]), jnp.ones((3, 1)), None)
+    some = IndexedSlices(jnp.array([2**31 - 2, 0, 77]), jnp.ones((3, 1), jnp.float32), None)
     state, _ = eager_apply(state, some)
     before = leaves(state)
-    flood = IndexedSlices(jnp.arange(40) * 1001, jnp.ones((40, 1)), None)
+    flood = IndexedSlices(jnp.arange(40) * 1001, jnp.ones((40, 1), jnp.float32), None)
     state, verdict = eager_apply(state, flood)
     assert verdict == Verdict.OVERFLOW
     assert changed_leaves(before, leaves(state)) == {".verdict_counts"}
@@ -382,15 +382,24 @@ def test_values_are_differentiable_both_ways(rows, reduction):
         return jaxaccum.take(state)[1].values
 
     def dense(values, merged):
-        out = jnp.zeros((6, 2)).at[ids[0]].add(values[0]).at[ids[0]].add(merged)
+        out = jnp.zeros((6, 2), jnp.float32).at[ids[0]].add(values[0]).at[ids[0]].add(merged)
         out = out.at[ids[1, :2]].add(values[1, :2])
-        counts = {"mean": jnp.array([[3.0], [2.0], [1.0]]), "mean_per_gradient": 3.0, "sum": 1.0}
+        counts = {
+            "mean": jnp.array([[3.0], [2.0], [1.0]], jnp.float32),
+            "mean_per_gradient": 3.0,
+            "sum": 1.0,
+        }
         divisor = jnp.broadcast_to(counts[reduction], (3, 2))
-        return jnp.concatenate([out[jnp.array([1, 3, 5])] / divisor, jnp.zeros((2, 2))])
+        return jnp.concatenate(
+            [out[jnp.array([1, 3, 5])] / divisor, jnp.zeros((2, 2), jnp.float32)]
+        )
 
     keys = jax.random.split(jax.random.key(0), 4)
-    at = jax.random.normal(keys[0], (2, 3, 2)), jax.random.normal(keys[1], (3, 2))
-    along = jax.random.normal(keys[2], (2, 3, 2)), jax.random.normal(keys[3], (3, 2))
+    shapes = (2, 3, 2), (3, 2)
+    at = tuple(jax.random.normal(k, s, jnp.float32) for k, s in zip(keys[:2], shapes, strict=True))
+    along = tuple(
+        jax.random.normal(k, s, jnp.float32) for k, s in zip(keys[2:], shapes, strict=True)
+    )
 
     def derivatives(function):
         """Value, forward, reverse, and reverse over forward of something that is not linear."""
@@ -460,7 +469,7 @@ def test_eager_calls_leave_the_callers_state_alone():
 def test_no_copy_of_a_large_buffer_is_compiled(rows, function):
     """XLA copies a buffer that is read after it is overwritten: 110 ms at 100 million rows."""
     state = jaxaccum.init((rows, 16), capacity=50_000)
-    grad = IndexedSlices(jnp.zeros(512, jnp.int32), jnp.zeros((512, 16)), None)
+    grad = IndexedSlices(jnp.zeros(512, jnp.int32), jnp.zeros((512, 16), jnp.float32), None)
     stacked = jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), grad)
     other = jaxaccum.init((rows, 16), capacity=300)
     call, argument = {
