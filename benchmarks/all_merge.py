@@ -1,7 +1,7 @@
 """all_merge of 8 devices x 4,096 rows x 64 columns of a million against psum of dense gradients.
 
 Also: the ways of merging against each other, bytes moved as the compiled programs say, sharded
-tables with and without buckets, and weak scaling. All devices here are threads of this machine's
+tables with and without buckets, and weak scaling. All devices here are threads of one machine's
 cores, and what they move is copied in memory: so times are those of the work, not of a network.
 """
 

@@ -179,17 +179,6 @@ def init_accumulators(params: Tables, capacity: int) -> Tables:
     return jax.tree.map(init, params)
 
 
-def take_and_update(
-    params: Tables, squares: Tables, accumulators: Tables, learning_rate: float
-) -> tuple[Tables, Tables, Tables]:
-    """Takes the mean gradient of each table and updates the rows it holds."""
-    new = []
-    for table, sums, acc in zip(params, squares, accumulators, strict=True):
-        acc, grad, _ = jaxaccum.take(acc)
-        new.append((*adagrad_rows(table, sums, grad, learning_rate), acc))
-    return tuple(Tables(*column) for column in zip(*new, strict=True))
-
-
 def adagrad_rows(
     table: jax.Array, squares: jax.Array, grad: jaxaccum.IndexedSlices, learning_rate: float
 ) -> tuple[jax.Array, jax.Array]:
