@@ -109,12 +109,26 @@ def _rank_in_bitmap(ids: jax.Array, rows: int) -> jax.Array:
     word, bit = ids >> 5, (ids & 31).astype(jnp.uint32)
     num_words = -(-rows // 32)
     words = jnp.zeros(num_words, jnp.uint32).at[word].add(jnp.uint32(1) << bit, mode="drop")
-    counts = jax.lax.population_count(words).astype(jnp.int32)
-    base = jnp.cumsum(counts) - counts
+    base = _sum_before(jax.lax.population_count(words))
     below = words.at[word].get(mode="fill", fill_value=0) & ((jnp.uint32(1) << bit) - 1)
     rank = base.at[word].get(mode="fill", fill_value=0)
     rank += jax.lax.population_count(below).astype(jnp.int32)
     return jnp.where(ids < rows, rank, NOWHERE)
+
+
+def _sum_before(counts: jax.Array) -> jax.Array:
+    """The sum of what comes before each of ``counts`` ``[n]``, small and not negative; int32.
+
+    Blocks of 128 by a triangular matrix: half the time of XLA's cumsum on the CPU, whose last step
+    every later look-up would repeat.
+    """
+    width = 128
+    blocks = jnp.pad(counts, (0, -counts.shape[0] % width)).reshape(-1, width).astype(jnp.float32)
+    strictly_upper = jnp.triu(jnp.ones((width, width), jnp.float32), 1)
+    within = jax.lax.dot(blocks, strictly_upper, precision="highest").astype(jnp.int32)
+    totals = (within + blocks.astype(jnp.int32))[:, -1]
+    before = within + (jnp.cumsum(totals) - totals)[:, None]
+    return jax.lax.optimization_barrier(before.reshape(-1)[: counts.shape[0]])
 
 
 def rank_true(flags: jax.Array) -> tuple[jax.Array, jax.Array]:
