@@ -3,7 +3,7 @@
 A matrix is factorised from noisy entries whose rows and columns are drawn by Zipf's law, so that
 most of both tables sleeps most of the time. Everything but the optimizer is the same.
 
-    python -m benchmarks.lazy_losses  # writes docs/lazy_losses.png
+    python benchmarks/lazy_losses.py  # writes docs/lazy_losses.png
 """
 
 from __future__ import annotations

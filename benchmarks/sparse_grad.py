@@ -4,7 +4,7 @@ A two-layer model looks 4,096 ids up in a table of 64 floats a row. Three functi
 alone: the gradient; the gradient and plain SGD on donated parameters; the same with the table cast
 to bfloat16 and the lookup rematerialised.
 
-    python -m benchmarks.sparse_grad [--rows 100000 1000000] [--batch 4096]
+    python benchmarks/sparse_grad.py [--rows 100000 1000000] [--batch 4096]
 """
 
 from __future__ import annotations

@@ -1,18 +1,20 @@
 """A whole training step, from losses to updated rows: four micro-batches, one step of Adam.
 
 A small model looks 4,096 ids up in a table of 64 floats a row, four times, and takes one step. Each
-is one jitted function of donated parameters and state, in one process and in turns:
+is one jitted function of donated parameters and state, in one process and in turns of five steps,
+each on ids that none of the fifteen steps before has seen:
 
 * ``lazy``: ``value_and_sparse_grad``, ``accumulate(optax.adam)``, ``apply_updates``
 * ``catch_up``: the same with ``lazy_rows(optax.adam, catch_up=True)``
 * ``multi_steps``: ``jax.value_and_grad`` and ``optax.MultiSteps(optax.adam)``
 * ``dense``: ``jax.value_and_grad`` summed over the micro-batches by hand, then ``optax.adam``
 * ``torch``: ``nn.Embedding(sparse=True)`` and ``SparseAdam``, where PyTorch is installed
+* ``bare``: no model at all: the rows of the table and of both moments, each read and added to once
 
 ``held_mb`` is what the compiled step holds at its peak, inputs and outputs included.
 
-    python -m benchmarks.train_step [--rows 100000 1000000] [--peers lazy multi_steps torch]
-    python -m benchmarks.train_step --crossing
+    python benchmarks/train_step.py [--rows 100000 1000000] [--peers lazy multi_steps torch]
+    python benchmarks/train_step.py --crossing
 """
 
 from __future__ import annotations
@@ -89,11 +91,23 @@ def dense() -> Any:
     return tx.init, step
 
 
+def bare() -> Any:
+    def init(params: dict[str, jax.Array]) -> Any:
+        return [jnp.zeros_like(params["table"]) for _ in range(2)]
+
+    def step(params: dict[str, jax.Array], moments: Any, ids: jax.Array) -> Any:
+        add = lambda table: table.at[ids.reshape(-1)].add(1.0)  # noqa: E731
+        return params | {"table": add(params["table"])}, [add(m) for m in moments]
+
+    return init, step
+
+
 JAX_PEERS: dict[str, Callable[[], Any]] = {
     "lazy": lazy,
     "catch_up": functools.partial(lazy, catch_up=True),
     "multi_steps": multi_steps,
     "dense": dense,
+    "bare": bare,
 }
 
 
@@ -142,14 +156,14 @@ def torch_stepper(rows: int, batches: list[np.ndarray]) -> Callable[[], Any]:
 
 def compare(rows: int, peers: list[str], repeats: int) -> dict[str, Any]:
     rng = np.random.default_rng(0)
-    batches = [rng.integers(0, rows, (MICRO_BATCHES, BATCH)).astype(np.int32) for _ in range(4)]
+    batches = [rng.integers(0, rows, (MICRO_BATCHES, BATCH)).astype(np.int32) for _ in range(16)]
     steps, held = {}, {}
     for peer in peers:
         if peer == "torch":
             steps[peer] = torch_stepper(rows, batches)
         else:
             steps[peer], held[peer] = jax_stepper(peer, rows, batches)
-    times = harness.interleaved_ms(steps, repeats=repeats, warmup=2)
+    times = harness.interleaved_ms(steps, repeats=repeats, warmup=1, in_a_row=5)
     row: dict[str, Any] = {"rows": rows}
     row.update({f"{peer}_ms": round(value, 3) for peer, value in times.items()})
     row.update({f"{peer}_held_mb": round(value, 1) for peer, value in held.items()})

@@ -346,11 +346,12 @@ def reduced(
         return jax.lax.div(sums.astype(wide), counts.astype(wide))
     if jnp.issubdtype(sums.dtype, jnp.complexfloating):
         counts = counts.astype(sums.real.dtype)
-        return jax.lax.complex(_quotient(sums.real, counts), _quotient(sums.imag, counts))
-    return _quotient(sums, counts.astype(sums.dtype))
+        return jax.lax.complex(quotient(sums.real, counts), quotient(sums.imag, counts))
+    return quotient(sums, counts.astype(sums.dtype))
 
 
-def _quotient(sums: jax.Array, counts: jax.Array) -> jax.Array:
+def quotient(sums: jax.Array, counts: jax.Array) -> jax.Array:
+    """Divides floats; both arrays are of one shape."""
     # XLA on the CPU turns a division by a broadcast into a product with the reciprocal, one ulp off
     # in a quarter of the cases. A selection keeps it from seeing the broadcast, and costs less than
     # a barrier, which would write the counts out; NaN stays NaN whatever it is divided by.

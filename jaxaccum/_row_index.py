@@ -128,7 +128,9 @@ def _sum_before(counts: jax.Array) -> jax.Array:
     within = jax.lax.dot(blocks, strictly_upper, precision="highest").astype(jnp.int32)
     totals = (within + blocks.astype(jnp.int32))[:, -1]
     before = within + (jnp.cumsum(totals) - totals)[:, None]
-    return jax.lax.optimization_barrier(before.reshape(-1)[: counts.shape[0]])
+    before = before.reshape(-1)[: counts.shape[0]]
+    kept: jax.Array = jax.lax.optimization_barrier(before)  # type: ignore[no-untyped-call]
+    return kept
 
 
 def rank_true(flags: jax.Array) -> tuple[jax.Array, jax.Array]:

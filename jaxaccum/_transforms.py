@@ -59,7 +59,7 @@ def _add(param: Any, update: Any, name: str) -> Any:
     if not is_slices(update):
         wide = promote_dtypes(param.dtype, update.dtype)
         return (param.astype(wide) + update.astype(wide)).astype(param.dtype)
-    return _add_rows(param, _checked(update, param, name))
+    return _add_rows(param, _checked(update, param, name), update.values)
 
 
 def _checked(update: IndexedSlices, param: jax.Array, name: str) -> IndexedSlices:
@@ -72,10 +72,11 @@ def _checked(update: IndexedSlices, param: jax.Array, name: str) -> IndexedSlice
         ) from err
 
 
-def _add_rows(param: jax.Array, update: IndexedSlices) -> jax.Array:
-    wide = promote_dtypes(param.dtype, update.values.dtype)
+def _add_rows(param: jax.Array, update: IndexedSlices, values: jax.Array) -> jax.Array:
+    wide = promote_dtypes(param.dtype, values.dtype)
     if wide == param.dtype:
-        return param.at[update.indices].add(update.values.astype(wide), mode="drop")
+        # Padding is dropped whatever its values are: nothing to be gained by zeroing those first.
+        return param.at[update.indices].add(jnp.asarray(values).astype(wide), mode="drop")
     # Rounded once a row, so that narrow tables neither lose duplicates nor round twice.
     update = unique_rows(update)
     rows = gather_rows(param, update.indices).astype(wide) + update.values.astype(wide)
