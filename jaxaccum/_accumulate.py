@@ -14,7 +14,6 @@ from jax.typing import ArrayLike
 from jaxaccum import _accumulator, _state
 from jaxaccum._lazy_rows import LazyUpdate, UniqueRows, lazy_rows
 from jaxaccum._optax import import_optax
-from jaxaccum._row_index import DirectMap
 from jaxaccum._slices import IndexedSlices, as_device_slices
 from jaxaccum._state import AccumulatorState, Reduction, Verdict, as_int32
 from jaxaccum._tables import select_tables
@@ -201,8 +200,7 @@ def _add_gradient(
     ]
     dtypes = [grad.values.dtype if is_slices(grad) else grad.dtype for grad in grads]
     grads = [_widened(grad, total) for grad, total in zip(grads, sums, strict=True)]
-    sums, verdict = _admit(sums, grads, state.global_step, local_step)
-    sums, verdict = _add_to_sums(sums, grads, verdict)
+    sums, verdict = _add_to_sums(sums, grads, state.global_step, local_step)
     _raise_if_refused(verdict, state)
     counts = _accumulator.counted(state.verdict_counts, verdict)
     return dataclasses.replace(
@@ -235,60 +233,23 @@ def _widened(grad: Any, total: Any) -> Any:
     return grad.astype(promote_dtypes(grad.dtype, total.dtype))
 
 
-def _admit(
+def _add_to_sums(
     sums: list[Any], grads: list[Any], global_step: jax.Array, local_step: ArrayLike | None
 ) -> tuple[list[Any], jax.Array]:
-    """Judges a gradient before anything is added; a single table is left to judge its room."""
+    """Adds one gradient to all sums or to none."""
     is_stale = jnp.bool_(False)
     if local_step is not None:
         is_stale = jnp.asarray(as_int32(local_step, "local_step")) < global_step
     tables = [i for i, total in enumerate(sums) if _is_accumulator(total)]
-    rows = [_accumulator.table_rows(grads[i], sums[i].dense_shape[0]) for i in tables]
-    is_invalid = functools.reduce(jnp.logical_or, [bad for _, bad in rows], jnp.bool_(False))
-    fits = jnp.bool_(True)
-    if len(tables) > 1:
-        accumulators, fits = _all_fit([sums[i] for i in tables], [ids for ids, _ in rows])
-        sums = list(sums)
-        for i, accumulator in zip(tables, accumulators, strict=True):
-            sums[i] = accumulator
-    return sums, jnp.select(
-        [is_stale, is_invalid, ~fits],
-        [jnp.int32(Verdict.STALE), jnp.int32(Verdict.INVALID), jnp.int32(Verdict.OVERFLOW)],
-        jnp.int32(Verdict.ACCEPTED),
+    added, verdict = _accumulator.apply_all(
+        [sums[i] for i in tables], [grads[i] for i in tables], is_stale
     )
-
-
-def _all_fit(
-    states: list[AccumulatorState], ids: list[jax.Array]
-) -> tuple[list[AccumulatorState], jax.Array]:
-    """Whether the rows ``ids`` of all tables fit; the states come back as they were."""
-    results, fits = [], jnp.bool_(True)
-    for state, rows in zip(states, ids, strict=True):
-        # A claim refused beforehand says how many rows are new and leaves no trace. Skipping it
-        # where sizes alone tell would take a conditional, around which XLA copies the index.
-        refused = jnp.bool_(False)
-        slots = cast("DirectMap", state.row_index)  # the row count of a table is known
-        index, claim = slots.claim(rows, state.num_rows, state.capacity, fits=refused)
-        fits &= state.num_rows + claim.num_new <= state.capacity
-        results.append(dataclasses.replace(state, row_index=index))
-    return results, fits
-
-
-def _add_to_sums(
-    sums: list[Any], grads: list[Any], verdict: jax.Array
-) -> tuple[list[Any], jax.Array]:
-    """Adds gradients that the verdict lets in; one table alone may still say OVERFLOW."""
-    admitted = verdict == Verdict.ACCEPTED
-    results = list(sums)
-    for i, (total, grad) in enumerate(zip(sums, grads, strict=True)):
-        if _is_accumulator(total):
-            # A stale gradient leaves an accumulator as it is, without a conditional around it.
-            step = total.global_step - (~admitted).astype(jnp.int32)
-            results[i], own = _accumulator.apply(total, grad, step)
-            verdict = jnp.where(admitted, own, verdict)
-    for i, (total, grad) in enumerate(zip(sums, grads, strict=True)):
-        if not _is_accumulator(total):
-            results[i] = total + jnp.where(verdict == Verdict.ACCEPTED, grad, jnp.zeros_like(grad))
+    results = [
+        total if i in tables else total + jnp.where(verdict == Verdict.ACCEPTED, grad, 0)
+        for i, (total, grad) in enumerate(zip(sums, grads, strict=True))
+    ]
+    for i, state in zip(tables, added, strict=True):
+        results[i] = state
     return results, verdict
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 
 import jax
@@ -10,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxaccum import _row_index, _slices
+from jaxaccum import _reduction, _row_index, _slices
 from jaxaccum._row_index import NOWHERE
 from jaxaccum._slices import IndexedSlices
-from jaxaccum._state import AccumulatorState, Reduction, Verdict, as_int32, init
+from jaxaccum._state import AccumulatorState, Verdict, as_int32, init
 
 
 def apply(
@@ -197,19 +198,39 @@ def _apply(
     state: AccumulatorState, grad: IndexedSlices, local_step: jax.Array | None
 ) -> tuple[AccumulatorState, jax.Array]:
     is_stale = jnp.bool_(False) if local_step is None else local_step < state.global_step
-    ids, is_invalid = table_rows(grad, state.dense_shape[0])
-    ids = jnp.where(is_stale | is_invalid, NOWHERE, ids)
-    state, fits = _add_rows(state, ids, grad.values, jnp.int32(1))
+    (state,), verdict = apply_all([state], [grad], is_stale)
+    return state, verdict
+
+
+@jax.jit
+def apply_all(
+    states: list[AccumulatorState], grads: list[IndexedSlices], is_stale: jax.Array
+) -> tuple[list[AccumulatorState], jax.Array]:
+    """Adds a gradient to each of several accumulators, or none to any: one verdict on them all."""
+    rows = [table_rows(grad, s.dense_shape[0]) for s, grad in zip(states, grads, strict=True)]
+    is_invalid = functools.reduce(jnp.logical_or, (is_bad for _, is_bad in rows), jnp.bool_(False))
+    all_ids = [jnp.where(is_stale | is_invalid, NOWHERE, ids) for ids, _ in rows]
+    slices = [_not_none(ids, g.values) for ids, g in zip(all_ids, grads, strict=True)]
+    asked = [s.row_index.bid(ids, s.capacity) for s, (ids, _) in zip(states, slices, strict=True)]
+    have_room = (b.fits(s.num_rows, s.capacity) for s, (_, b) in zip(states, asked, strict=True))
+    fits = functools.reduce(jnp.logical_and, have_room, jnp.bool_(True))
     verdict = jnp.select(
         [is_stale, is_invalid, ~fits],
         [jnp.int32(Verdict.STALE), jnp.int32(Verdict.INVALID), jnp.int32(Verdict.OVERFLOW)],
         jnp.int32(Verdict.ACCEPTED),
     )
-    return dataclasses.replace(
-        state,
-        num_accumulated=state.num_accumulated + (verdict == Verdict.ACCEPTED).astype(jnp.int32),
-        verdict_counts=counted(state.verdict_counts, verdict),
-    ), verdict
+    is_accepted = (verdict == Verdict.ACCEPTED).astype(jnp.int32)
+    results = []
+    for state, (index, bid), (ids, values) in zip(states, asked, slices, strict=True):
+        row_index, claim = index.settle(bid, state.num_rows, state.capacity, fits)
+        added = dataclasses.replace(
+            state,
+            row_index=row_index,
+            num_accumulated=state.num_accumulated + is_accepted,
+            verdict_counts=counted(state.verdict_counts, verdict),
+        )
+        results.append(add_claimed(added, claim, ids, values, jnp.int32(1)))
+    return results, verdict
 
 
 @jax.jit
@@ -286,12 +307,17 @@ def _add_rows(
     state: AccumulatorState, ids: jax.Array, values: jax.Array, touches: jax.Array
 ) -> tuple[AccumulatorState, jax.Array]:
     """Adds ``values`` to the rows ``ids`` and ``touches`` to their counts, if all of them fit."""
-    if ids.shape[0] == 0:  # nothing to gather from an empty array: one position of padding instead
-        ids = jnp.full(1, NOWHERE, jnp.int32)
-        values = jnp.zeros((1, *values.shape[1:]), values.dtype)
+    ids, values = _not_none(ids, values)
     row_index, claim = state.row_index.claim(ids, state.num_rows, state.capacity)
     state = dataclasses.replace(state, row_index=row_index)
     return add_claimed(state, claim, ids, values, touches), claim.fits
+
+
+def _not_none(ids: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One slice of padding in place of none: nothing can be gathered from an empty array."""
+    if ids.shape[0]:
+        return ids, values
+    return jnp.full(1, NOWHERE, jnp.int32), jnp.zeros((1, *values.shape[1:]), values.dtype)
 
 
 def add_claimed(
@@ -324,38 +350,7 @@ def _reduced(state: AccumulatorState, order: jax.Array) -> jax.Array:
     """The sums of slots ``order``, divided as the reduction says; zero for NOWHERE."""
     sums = state.values.at[order].get(mode="fill", fill_value=0)
     counts = state.counts.at[order].get(mode="fill", fill_value=1)
-    return reduced(sums, counts, state.num_accumulated, state.reduction)
-
-
-def reduced(
-    sums: jax.Array, counts: jax.Array, num_accumulated: jax.Array, reduction: Reduction
-) -> jax.Array:
-    """Divides ``sums`` of rows touched ``counts >= 1`` times as the reduction says."""
-    if reduction == "mean_per_gradient":
-        counts = jnp.broadcast_to(jnp.maximum(num_accumulated, 1), counts.shape)
-    elif reduction == "sum" and jnp.issubdtype(sums.dtype, jnp.integer):
-        return sums
-    elif reduction == "sum":
-        # XLA's CPU backend gathers on one core unless there is arithmetic to share out: a division
-        # by a one that it cannot see through takes 33 ms where the plain gather takes 50.
-        counts = jnp.broadcast_to(jnp.where(num_accumulated > 0, 1, 2), counts.shape)
-    counts = jnp.broadcast_to(counts.reshape(-1, *[1] * (sums.ndim - 1)), sums.shape)
-    if jnp.issubdtype(sums.dtype, jnp.integer):
-        # In 32 bits at least, for a count need not fit a short integer; div truncates toward zero.
-        wide = jnp.int32 if sums.dtype.itemsize < 4 else sums.dtype
-        return jax.lax.div(sums.astype(wide), counts.astype(wide))
-    if jnp.issubdtype(sums.dtype, jnp.complexfloating):
-        counts = counts.astype(sums.real.dtype)
-        return jax.lax.complex(quotient(sums.real, counts), quotient(sums.imag, counts))
-    return quotient(sums, counts.astype(sums.dtype))
-
-
-def quotient(sums: jax.Array, counts: jax.Array) -> jax.Array:
-    """Divides floats; both arrays are of one shape."""
-    # XLA on the CPU turns a division by a broadcast into a product with the reciprocal, one ulp off
-    # in a quarter of the cases. A selection keeps it from seeing the broadcast, and costs less than
-    # a barrier, which would write the counts out; NaN stays NaN whatever it is divided by.
-    return sums / jnp.where(jnp.isnan(sums), jnp.ones_like(counts), counts)
+    return _reduction.reduced(sums, counts, state.num_accumulated, state.reduction)
 
 
 def table_rows(grad: IndexedSlices, rows: int | None) -> tuple[jax.Array, jax.Array]:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxaccum import _accumulator, _exchange, _slices
+from jaxaccum import _accumulator, _exchange, _reduction, _slices
 from jaxaccum._exchange import AxisName, Exchange
 from jaxaccum._row_index import NOWHERE
 from jaxaccum._slices import IndexedSlices
@@ -170,7 +170,7 @@ def _gradient(state: AccumulatorState, union: _exchange.Union, ready: jax.Array)
     empty = jnp.zeros((rows.ids.shape[0], *state.values.shape[1:]), state.values.dtype)
     sums = rows.sums_into(empty, rows.values)
     counts = rows.sums_into(jnp.ones_like(rows.ids), rows.counts)
-    means = _accumulator.reduced(sums, counts, union.num_accumulated, state.reduction)
+    means = _reduction.reduced(sums, counts, union.num_accumulated, state.reduction)
     is_row = ready & (rows.ids != NOWHERE)
     return IndexedSlices(
         jnp.where(is_row, rows.ids, _slices.padding_index(state.dense_shape)),

@@ -3,7 +3,8 @@
 Two indexes behind one interface. `DirectMap` keeps one int32 for each row of a known vocabulary;
 `HashTable` knows only the rows it holds. Both offer
 
-* ``claim(ids, num_rows, capacity)``: the slot of each id, new ids getting the next free ones;
+* ``claim(ids, num_rows, capacity)``: the slot of each id, new ids getting the next free ones, in
+  the two steps ``bid`` and ``settle``;
 * ``drain(indices, num_rows)``: the held slots in ascending order of row, and an empty index.
 
 Ids are int32 and NOWHERE where a position is to be skipped. All or nothing: where the new rows do
@@ -26,6 +27,30 @@ import jax.numpy as jnp
 NOWHERE = 2**31 - 1
 
 _register = functools.partial(jax.tree_util.register_dataclass, meta_fields=[])
+
+
+class Bid(NamedTuple):
+    """Ids on their way to slots, so that several tables can be asked before any of them is changed.
+
+    Attributes:
+      ids: int32 ``[n]``, positions in the map.
+      winner: int32 ``[n]``, the slot a row has, or capacity plus the position that it is to go to.
+      is_first: bool ``[n]``, as in `Claim`.
+      rank: int32 ``[n]``, how many of ``is_first`` come before.
+      num_new: int32 ``[]``, how many rows are new.
+      is_placed: bool ``[]``, whether each id has a position.
+    """
+
+    ids: jax.Array
+    winner: jax.Array
+    is_first: jax.Array
+    rank: jax.Array
+    num_new: jax.Array
+    is_placed: jax.Array
+
+    def fits(self, num_rows: jax.Array, capacity: int) -> jax.Array:
+        """Whether there is room for the new rows beside the ``num_rows`` held."""
+        return self.is_placed & (num_rows + self.num_new <= capacity)
 
 
 class Claim(NamedTuple):
@@ -56,28 +81,37 @@ class DirectMap:
         """Returns the map of a table of ``rows`` rows, none of them held."""
         return cls(jnp.full(max(rows, 1), NOWHERE, jnp.int32))
 
-    def claim(
-        self, ids: jax.Array, num_rows: jax.Array, capacity: int, fits: jax.Array | bool = True
-    ) -> tuple[DirectMap, Claim]:
-        """Finds a slot for each id, in order of first occurrence; see the module's docstring."""
+    def bid(self, ids: jax.Array, capacity: int) -> tuple[DirectMap, Bid]:
+        """Enters ids, and tells how many rows are new; `settle` must follow."""
         # Each id bids for its row with its position, put above every slot in use: a row that has a
         # slot keeps it, a free one goes to its first bidder. Scatter-min makes that the same on
         # every backend, whatever the order of execution.
-        position = jnp.arange(ids.shape[0], dtype=jnp.int32)
-        bid = capacity + position
+        bid = capacity + jnp.arange(ids.shape[0], dtype=jnp.int32)
         bids = self.slots.at[ids].min(bid, mode="drop")
         winner = bids.at[ids].get(mode="fill", fill_value=NOWHERE)
         is_first = winner == bid
         rank, num_new = rank_true(is_first)
-        fits = fits & (num_rows + num_new <= capacity)
+        return DirectMap(bids), Bid(ids, winner, is_first, rank, num_new, jnp.bool_(True))
+
+    def settle(
+        self, bid: Bid, num_rows: jax.Array, capacity: int, fits: jax.Array
+    ) -> tuple[DirectMap, Claim]:
+        """Gives new rows the next free slots, or restores the map if they do not fit."""
         # Winning entries become slots, or are vacated again if there is no room for all.
-        new_slot = jnp.where(fits, num_rows + rank, NOWHERE)
-        slots = bids.at[jnp.where(is_first, ids, NOWHERE)].set(new_slot, mode="drop")
+        new_slot = jnp.where(fits, num_rows + bid.rank, NOWHERE)
+        first = jnp.where(bid.is_first, bid.ids, NOWHERE)
+        slots = self.slots.at[first].set(new_slot, mode="drop")
         # A repetition finds the slot through the position that won; reading it off the small array
         # spares a second look into the map.
-        elected = new_slot.at[winner - capacity].get(mode="fill", fill_value=NOWHERE)
-        slot = jnp.where(winner < capacity, jnp.where(fits, winner, NOWHERE), elected)
-        return DirectMap(slots), Claim(slot, is_first, num_new, fits)
+        elected = new_slot.at[bid.winner - capacity].get(mode="fill", fill_value=NOWHERE)
+        known = jnp.where(fits, bid.winner, NOWHERE)
+        slot = jnp.where(bid.winner < capacity, known, elected)
+        return DirectMap(slots), Claim(slot, bid.is_first, bid.num_new, fits)
+
+    def claim(self, ids: jax.Array, num_rows: jax.Array, capacity: int) -> tuple[DirectMap, Claim]:
+        """Finds a slot for each id, in order of first occurrence; see the module's docstring."""
+        index, bid = self.bid(ids, capacity)
+        return index.settle(bid, num_rows, capacity, bid.fits(num_rows, capacity))
 
     def drain(self, indices: jax.Array, num_rows: jax.Array) -> tuple[DirectMap, jax.Array]:
         """Returns an empty map and int32 ``[capacity]``, slots ascending by row, then NOWHERE."""
@@ -169,12 +203,24 @@ class HashTable:
         num_places = _prime_up_to(2 * capacity)
         return cls(jnp.full(num_places, NOWHERE, jnp.int32), DirectMap.empty(num_places))
 
+    def bid(self, ids: jax.Array, capacity: int) -> tuple[HashTable, Bid]:
+        """Enters ids, and tells how many rows are new; `settle` must follow."""
+        keys, place, is_placed = _insert(self.keys, ids, capacity)
+        places, bid = self.places.bid(place, capacity)
+        return HashTable(keys, places), bid._replace(is_placed=is_placed)
+
+    def settle(
+        self, bid: Bid, num_rows: jax.Array, capacity: int, fits: jax.Array
+    ) -> tuple[HashTable, Claim]:
+        """Gives new rows the next free slots, or restores the table if they do not fit."""
+        places, claim = self.places.settle(bid, num_rows, capacity, fits)
+        refused = jnp.where(claim.is_first & ~fits, bid.ids, NOWHERE)
+        return HashTable(self.keys.at[refused].set(NOWHERE, mode="drop"), places), claim
+
     def claim(self, ids: jax.Array, num_rows: jax.Array, capacity: int) -> tuple[HashTable, Claim]:
         """Finds a slot for each id, in order of first occurrence; see the module's docstring."""
-        keys, place, all_placed = _insert(self.keys, ids, capacity)
-        places, claim = self.places.claim(place, num_rows, capacity, fits=all_placed)
-        refused = jnp.where(claim.is_first & ~claim.fits, place, NOWHERE)
-        return HashTable(keys.at[refused].set(NOWHERE, mode="drop"), places), claim
+        index, bid = self.bid(ids, capacity)
+        return index.settle(bid, num_rows, capacity, bid.fits(num_rows, capacity))
 
     def drain(self, indices: jax.Array, num_rows: jax.Array) -> tuple[HashTable, jax.Array]:
         """Returns an empty table and int32 ``[capacity]``, slots ascending by row, then NOWHERE."""

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
-from jaxaccum._accumulator import quotient
+from jaxaccum._reduction import quotient
 from jaxaccum._slices import IndexedSlices, as_device_slices
 
 

@@ -21,6 +21,7 @@ ORDER = [
     "_tables",
     "_row_index",
     "_state",
+    "_reduction",
     "_accumulator",
     "_sparse_terms",
     "_sparse_rules",

@@ -1,0 +1,39 @@
+"""From sums to what `take` hands out: true quotients, and what XLA makes of them."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from jaxaccum._state import Reduction
+
+
+def reduced(
+    sums: jax.Array, counts: jax.Array, num_accumulated: jax.Array, reduction: Reduction
+) -> jax.Array:
+    """Divides ``sums`` of rows touched ``counts >= 1`` times as the reduction says."""
+    if reduction == "mean_per_gradient":
+        counts = jnp.broadcast_to(jnp.maximum(num_accumulated, 1), counts.shape)
+    elif reduction == "sum" and jnp.issubdtype(sums.dtype, jnp.integer):
+        return sums
+    elif reduction == "sum":
+        # XLA's CPU backend gathers on one core unless there is arithmetic to share out: a division
+        # by a one that it cannot see through takes 33 ms where the plain gather takes 50.
+        counts = jnp.broadcast_to(jnp.where(num_accumulated > 0, 1, 2), counts.shape)
+    counts = jnp.broadcast_to(counts.reshape(-1, *[1] * (sums.ndim - 1)), sums.shape)
+    if jnp.issubdtype(sums.dtype, jnp.integer):
+        # In 32 bits at least, for a count need not fit a short integer; div truncates toward zero.
+        wide = jnp.int32 if sums.dtype.itemsize < 4 else sums.dtype
+        return jax.lax.div(sums.astype(wide), counts.astype(wide))
+    if jnp.issubdtype(sums.dtype, jnp.complexfloating):
+        counts = counts.astype(sums.real.dtype)
+        return jax.lax.complex(quotient(sums.real, counts), quotient(sums.imag, counts))
+    return quotient(sums, counts.astype(sums.dtype))
+
+
+def quotient(sums: jax.Array, counts: jax.Array) -> jax.Array:
+    """Divides floats; both arrays are of one shape."""
+    # XLA on the CPU turns a division by a broadcast into a product with the reciprocal, one ulp off
+    # in a quarter of the cases. A selection keeps it from seeing the broadcast, and costs less than
+    # a barrier, which would write the counts out; NaN stays NaN whatever it is divided by.
+    return sums / jnp.where(jnp.isnan(sums), jnp.ones_like(counts), counts)
