@@ -22,6 +22,7 @@ from jaxaccum._sparse_ops import (
 )
 from jaxaccum._state import AccumulatorState, Verdict, init
 from jaxaccum._transforms import apply_updates
+from jaxaccum._unique_rows import sum_duplicates
 
 __all__ = [
     "AccumulateState",
@@ -57,6 +58,7 @@ __all__ = [
     "sparse_slice",
     "sparse_slice_grad",
     "sparse_slice_jvp",
+    "sum_duplicates",
     "take",
     "value_and_sparse_grad",
 ]

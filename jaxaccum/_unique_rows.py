@@ -48,6 +48,40 @@ def fit_to_table(
     return IndexedSlices(indices, values, table_shape)
 
 
+def sum_duplicates(grad: IndexedSlices) -> IndexedSlices:
+    """Sums the slices of each row into one, in an order that is the same in every run.
+
+    Gradients need not be unique anywhere in this library. This is for reproducible training on
+    GPUs, where a scatter-add takes repeated rows in an order of its own: accumulate or apply what
+    comes out of here, and the same inputs give the same bits. It also keeps many repetitions of
+    one row from contending for it. The cost is a sort of the indices, and off the CPU a scan.
+
+    Args:
+      grad: ``n`` slices; their indices may be unsorted, repeated and padded.
+
+    Returns:
+      ``n`` slices: each row once, ascending, then padding with values of zero. Indices out of range
+      stay, for whoever uses the gradient to refuse. 16-bit floats are summed in float32.
+
+    Raises:
+      TypeError: ``grad`` does not hold integer indices.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum
+      >>> grad = jaxaccum.IndexedSlices(jnp.array([7, 3, 7]), jnp.array([[1.], [2.], [3.]]), (9, 1))
+      >>> unique = jaxaccum.sum_duplicates(grad)
+      >>> unique.indices, unique.values.ravel()
+      (Array([3, 7, 9], dtype=int32), Array([2., 4., 0.], dtype=float32))
+
+    Source: ``jax.experimental.sparse.bcoo_sum_duplicates``, for rows.
+    """
+    grad = as_device_slices(grad)
+    is_padding = grad.indices == grad.padding_index
+    wide = jnp.expand_dims(is_padding, tuple(range(1, grad.values.ndim)))
+    values = jnp.where(wide, jnp.zeros((), grad.values.dtype), grad.values)
+    return unique_rows(IndexedSlices(grad.indices.astype(jnp.int32), values, grad.dense_shape))
+
+
 def unique_rows(slices: IndexedSlices) -> IndexedSlices:
     """Returns ``slices``, fitted to a table, with repeated rows summed: each row at most once.
 
@@ -82,16 +116,41 @@ def scatter_rows(table: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.A
 def _sum_duplicates(slices: IndexedSlices) -> IndexedSlices:
     num, padding = slices.indices.shape[0], slices.padding_index
     positions = jnp.arange(num, dtype=jnp.int32)
-    indices, order = jax.lax.sort((slices.indices, positions), num_keys=1)
+    indices, order = jax.lax.sort((slices.indices, positions), num_keys=1, is_stable=True)
     first = jnp.concatenate([jnp.ones((1,), bool), indices[1:] != indices[:-1]])
     segment = jnp.cumsum(first.astype(jnp.int32)) - 1
     unique = jnp.full((num,), padding, jnp.int32).at[segment].set(indices)
-    # The values are added where they lie: sorting them first would move every row twice.
-    segment_of = jnp.zeros((num,), jnp.int32).at[order].set(segment, unique_indices=True)
-    wide = sum_dtype(slices.values.dtype)
-    zeros = jnp.zeros(slices.values.shape, wide)
-    values = zeros.at[segment_of].add(slices.values.astype(wide))
-    return IndexedSlices(unique, values.astype(slices.values.dtype), slices.dense_shape)
+    values = slices.values.astype(sum_dtype(slices.values.dtype))
+    if jnp.issubdtype(values.dtype, jnp.integer):  # the order makes no difference
+        sums = _add_where_they_lie(values, order, segment)
+    else:
+        sums = jax.lax.platform_dependent(
+            values, order, segment, cpu=_add_where_they_lie, default=_add_in_order
+        )
+    return IndexedSlices(unique, sums.astype(slices.values.dtype), slices.dense_shape)
+
+
+def _add_where_they_lie(values: jax.Array, order: jax.Array, segment: jax.Array) -> jax.Array:
+    """Sums of ``values[order]`` by ascending ``segment``; a CPU adds them as they come."""
+    # Sorting the values first would move every row twice.
+    segment_of = jnp.zeros(order.shape, jnp.int32).at[order].set(segment, unique_indices=True)
+    return jnp.zeros_like(values).at[segment_of].add(values)
+
+
+def _add_in_order(values: jax.Array, order: jax.Array, segment: jax.Array) -> jax.Array:
+    """The same where the order of a scatter-add changes from run to run: by a segmented scan."""
+
+    def join(
+        left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
+        wide = jnp.expand_dims(left[0] == right[0], tuple(range(1, values.ndim)))
+        return right[0], jnp.where(wide, left[1], jnp.zeros_like(left[1])) + right[1]
+
+    _, sums = jax.lax.associative_scan(join, (segment, values[order]))
+    num = segment.shape[0]
+    is_last = jnp.concatenate([segment[1:] != segment[:-1], jnp.ones((1,), bool)])
+    place = jnp.where(is_last, segment, num + jnp.arange(num, dtype=jnp.int32))
+    return jnp.zeros_like(values).at[place].set(sums, mode="drop", unique_indices=True)
 
 
 def promote_dtypes(a: jnp.dtype, b: jnp.dtype) -> jnp.dtype:
