@@ -269,8 +269,9 @@ class DeviceState:
             raise RuntimeError(_TRACED)
         stage, size = self._stage, gradient.size
         if stage is None or stage.size != size or stage.num_staged == stage.depth:
+            stage = Stage(size, gradient.row, self._spec.dtype, gradient.rows)
             self._flush()
-            stage = self._stage = Stage(size, gradient.row, self._spec.dtype, gradient.rows)
+            self._stage = stage
         stage.write(gradient.indices, gradient.values)
         return stage
 
