@@ -6,7 +6,8 @@ followed by assignments that call nothing, cannot be torn by Ctrl-C: the state h
 replaced, and counted, or nothing has happened. That is why programs return tuples: to return an
 `AccumulatorState` they would run its constructor, in Python. The first call of a program is
 different, for jit runs Python code around it: there is a moment in it when an exception would cost
-the state, which `DeviceState.is_lost` tells.
+the state, which `DeviceState.is_lost` tells. A gradient that is staged instead is in the stage when
+``num_staged`` says so, which changes with the other counters; until then its place is free.
 """
 
 from __future__ import annotations
