@@ -40,19 +40,19 @@ def assert_same(acc, expected):
 
 # Adding many is adding one by one.
 
-SIZES = [0, 1, 5, 31, 32, 33, 64, 100]
+SIZES = [0, 1, 5, 31, 32, 33, 64]
 
 
-@pytest.mark.parametrize("rows", [200, None])
+@pytest.mark.parametrize("rows", [100, None])
 def test_any_mixture_adds_up_bit_for_bit(rows):
     """Sizes that alternate, gradients on the device, invalid ones, growth, saving and taking."""
     rng = np.random.default_rng(0)
-    acc = takers.accumulator(dtype="float32", shape=(rows, 3), capacity=16)
+    acc = takers.accumulator(dtype="float32", shape=(rows, 3), capacity=32)
     expected = oracle.Oracle(rows, 10**9, "sum")
 
     def gradient():
         n = int(rng.choice(SIZES))
-        return rng.integers(0, 200, n), rng.standard_normal((n, 3), np.float32)
+        return rng.integers(0, 100, n), rng.standard_normal((n, 3), np.float32)
 
     def host(ids, values):
         acc.apply_grad(ids, values, local_step=FUTURE)
