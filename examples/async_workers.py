@@ -136,14 +136,15 @@ class Training:
             with Live(
                 console=console, get_renderable=lambda: self.table(start), refresh_per_second=4
             ):
-                while self.step < self.args.updates:
-                    self.update()
+                try:
+                    while self.step < self.args.updates:
+                        self.update()
+                finally:  # before the last table, which then counts all they did
+                    self.close()
+                    for worker in self.workers:
+                        worker.join()
         except jaxaccum.CancelledError:
             raise SystemExit(f"a worker failed: {self.error!r}") from self.error
-        finally:
-            self.close()
-            for worker in self.workers:
-                worker.join()
 
     def update(self) -> None:
         """Takes both gradients, updates the rows touched, publishes."""

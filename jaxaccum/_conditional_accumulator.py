@@ -44,8 +44,8 @@ class SparseConditionalAccumulator:
     little. Calls may come from any number of threads; each is done whole or not at all.
 
     Capacity grows by itself, and gradients are padded to powers of two, so that a program is
-    compiled for each of a few sizes only. What is accumulated never leaves the device before it is
-    taken, and an apply does not wait for the device.
+    compiled for each of a few sizes only. An apply does not wait for the device, and what it adds
+    stays there until it is taken. Small gradients from host memory go there several at a time.
 
     Args:
       dtype: of the gradients; any numeric JAX dtype.

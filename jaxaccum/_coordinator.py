@@ -85,8 +85,9 @@ class Coordinator:
     ) -> bool:
         """Adds a gradient; returns whether it was accepted rather than stale."""
         local_step = as_step(local_step, "local_step")
+        state = self._state
         # Most are not stale, which it takes no lock to see: it is looked at again below.
-        if local_step < self._state.global_step and self._is_stale(local_step):
+        if local_step < state.global_step and self._is_stale(local_step):
             return False
         try:
             # Outside the lock, for it may copy much. It reads nothing that changes.
@@ -94,10 +95,11 @@ class Coordinator:
                 indices, values, dense_shape, padding=padding, validate=validate
             )
             with self._lock:
-                if self._is_stale(local_step):
+                is_late = self.is_closed or local_step < state.global_step
+                if is_late and self._is_stale(local_step):
                     return False
                 try:
-                    self._state.add(gradient)
+                    state.add(gradient)
                 finally:
                     self._settle()
         except InvalidArgumentError:
@@ -171,33 +173,39 @@ class Coordinator:
         with self._lock:
             self._check_open()
             state = self._state
-            return {
-                "accepted": state.num_accepted,
-                "stale": self._num_stale,
-                "invalid": self._num_invalid + state.num_invalid,
-                "taken": state.num_taken,
-                "grown": state.num_grown,
-                "waiting": len(self._queue),
-                "unclaimed": len(self._unclaimed),
-                "num_accumulated": state.num_accumulated,
-                "global_step": state.global_step,
-                "rows": state.num_rows(),
-                "capacity": state.capacity,
-                "compiled_sizes": sorted(state.sizes),
-            }
+            try:
+                return {
+                    "accepted": state.num_accepted,
+                    "stale": self._num_stale,
+                    "invalid": self._num_invalid + state.num_invalid,
+                    "taken": state.num_taken,
+                    "grown": state.num_grown,
+                    "waiting": len(self._queue),
+                    "unclaimed": len(self._unclaimed),
+                    "num_accumulated": state.num_accumulated,
+                    "global_step": state.global_step,
+                    "rows": state.num_rows(),
+                    "capacity": state.capacity,
+                    "compiled_sizes": sorted(state.sizes),
+                }
+            finally:
+                self._settle()
 
     def state_dict(self) -> dict[str, np.ndarray]:
         """Returns what is accumulated."""
         with self._lock:
             self._check_open()
-            return self._state.save()
+            try:
+                return self._state.save()
+            finally:
+                self._settle()
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Replaces what is accumulated."""
         with self._lock:
             self._check_open()
             self._state.load(saved)
-            self._serve()
+            self._settle()
 
     def close(self) -> None:
         """Cancels all who wait and frees the state."""
@@ -232,11 +240,15 @@ class Coordinator:
             self._serve()
 
     def _settle(self) -> None:
-        """Ends whatever changed the state or the queue."""
+        """Ends whatever dispatches."""
+        self._close_if_lost()
+        if self._queue:
+            self._serve()
+
+    def _close_if_lost(self) -> None:
         if self._state.is_lost():
             logger.error("accumulator %s lost its rows in a call that failed", self._name)
             self.close()
-        self._serve()
 
     def _serve(self) -> None:
         """Serves the head of the queue, and who comes after, for as long as it can."""
@@ -271,6 +283,7 @@ class Coordinator:
             self._state.take(head.outcome)
         except Exception as error:  # out of memory, say: the taker's concern, not the applier's
             head.outcome[0] = error
+            self._close_if_lost()
         return True
 
     def _expire(self, waiter: Waiter) -> None:

@@ -6,33 +6,33 @@ followed by assignments that call nothing, cannot be torn by Ctrl-C: the state h
 replaced, and counted, or nothing has happened. That is why programs return tuples: to return an
 `AccumulatorState` they would run its constructor, in Python. The first call of a program is
 different, for jit runs Python code around it: there is a moment in it when an exception would cost
-the state, which `DeviceState.is_lost` tells.
+the state, which `DeviceState.is_lost` tells. A gradient that is staged instead is in the stage when
+``num_staged`` says so, which changes with the other counters; until then its place is free.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Mapping
 from itertools import zip_longest
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum import _accumulator, _slices
+from jaxaccum import _accumulator, _slices, _staging
 from jaxaccum._devices import Placement, first_rows
 from jaxaccum._errors import InvalidArgumentError
 from jaxaccum._host_gradient import HostGradient, padded_size
+from jaxaccum._programs import Leaves, Programs, is_traced, programs
 from jaxaccum._slices import IndexedSlices
 from jaxaccum._spec import Spec
-from jaxaccum._state import AccumulatorState, Verdict, init
+from jaxaccum._staging import Stage
+from jaxaccum._state import AccumulatorState, init
 
 logger = logging.getLogger("jaxaccum")
-
-_Leaves = tuple[jax.Array, ...]
 
 _SMALLEST_CAPACITY = 1024
 _TRACED = "an accumulator lives outside jit: apply and take from ordinary Python code"
@@ -75,9 +75,11 @@ class DeviceState:
         self._capacity = capacity
         self._placement = placement
         # The leaves of one state, or none yet, and what they are the leaves of.
-        self._box: list[_Leaves] = []
-        self._programs: _Programs
+        self._box: list[Leaves] = []
+        self._programs: Programs
         self._row: tuple[int, ...] | None = None
+        # Gradients counted but not dispatched yet; all else that dispatches sends them first.
+        self._stage: Stage | None = None
         self._room = 0
         self._num_slices = 0  # since the last take: bound on the rows held
         self.global_step = 0
@@ -105,20 +107,27 @@ class DeviceState:
 
     def add(self, gradient: HostGradient) -> None:
         """Adds a gradient; raises ``InvalidArgumentError`` where its rows have another shape."""
-        box, indices, values = self._box, gradient.indices, gradient.values
         if self._row != gradient.row:
             self._check_row(gradient.row)
-            self._make(gradient.row, gradient.num_slices)
+            self._make(gradient)
         if self._num_slices + gradient.num_slices > self._room:
             self._make_room(gradient.num_slices, may_wait=gradient.is_checked)
-        if indices.shape[0] not in self.sizes:
-            self.sizes.add(indices.shape[0])
-        old = box[0]
-        box[:] = map(self._programs.apply, box, (indices,), (values,), (gradient.rows,))
-        # No calls from here on: see the module's docstring.
-        if box[0][0].__class__ is not old[0].__class__:
-            box[0] = old
-            raise RuntimeError(_TRACED)
+        if gradient.size not in self.sizes:
+            self.sizes.add(gradient.size)
+        stage = None
+        if gradient.is_small:
+            stage = self._staged(gradient)
+        else:
+            self._flush()
+            box, old = self._box, self._box[0]
+            apply = self._programs.apply
+            box[:] = map(apply, box, (gradient.indices,), (gradient.values,), (gradient.rows,))
+            # No calls from here on: see the module's docstring.
+            if box[0][0].__class__ is not old[0].__class__:
+                box[0] = old
+                raise RuntimeError(_TRACED)
+        if stage is not None:
+            stage.num_staged += 1
         self.num_accumulated += 1
         self.num_accepted += 1
         self._num_slices += gradient.num_slices
@@ -127,6 +136,7 @@ class DeviceState:
 
     def take(self, taken: list[Any]) -> None:
         """Takes everything into ``taken[0]``; ``num_accumulated`` must be at least 1."""
+        self._flush()
         is_tentative = self._has_unchecked or self._num_tentative > 0
         num_slices = self._num_slices - self._tentative_slices
         result = Taken(self.num_accumulated, num_slices, self.global_step, is_tentative, self._era)
@@ -251,18 +261,45 @@ class DeviceState:
         return bool(self._box) and self._box[0][0].is_deleted()
 
     def _state(self) -> AccumulatorState:
+        self._flush()
         return jax.tree.unflatten(self._programs.treedef, self._box[0])
 
+    def _staged(self, gradient: HostGradient) -> Stage:
+        """Returns the stage with ``gradient`` in it, which does not count there yet."""
+        if is_traced():
+            raise RuntimeError(_TRACED)
+        stage, size = self._stage, gradient.size
+        if stage is None or stage.size != size or stage.num_staged == stage.depth:
+            stage = Stage(size, gradient.row, self._spec.dtype, gradient.rows)
+            self._flush()
+            self._stage = stage
+        stage.write(gradient.indices, gradient.values)
+        return stage
+
+    def _flush(self) -> None:
+        """Dispatches what is staged; where that fails, it stays staged."""
+        stage = self._stage
+        if stage is None or not stage.num_staged:
+            return
+        box, old, count = self._box, self._box[0], np.int32(stage.num_staged)
+        apply, arrays = self._programs.apply_staged, ((stage.indices,), (stage.values,))
+        box[:] = map(apply, box, *arrays, (count,), (stage.rows,))
+        # No calls from here on: see the module's docstring.
+        if box[0][0].__class__ is not old[0].__class__:
+            box[0] = old
+            raise RuntimeError(_TRACED)
+        self._stage = None
+
     def _keep(self, state: AccumulatorState | None, num_slices: int) -> None:
-        """Puts a state, or none, in place of the present one."""
+        """Puts a state, or none, in place of the present one and what is staged."""
         leaves, treedef = jax.tree.flatten(state)
         box = [] if state is None else [tuple(leaves)]
         row = None if state is None else state.values.shape[1:]
         room = 0 if state is None else state.capacity
-        programs = _programs(treedef)
+        runs = programs(treedef)
         # No calls from here on: see the module's docstring.
-        self._box[:], self._programs, self._row = box, programs, row
-        self._room, self._num_slices = room, num_slices
+        self._box[:], self._programs, self._row = box, runs, row
+        self._room, self._num_slices, self._stage = room, num_slices, None
 
     def _check_saved(self, indices: np.ndarray, values: np.ndarray, counts: np.ndarray) -> None:
         if values.dtype != self._spec.sum_dtype:
@@ -316,10 +353,13 @@ class DeviceState:
                 )
             )
 
-    def _make(self, row: tuple[int, ...], num_slices: int) -> None:
+    def _make(self, gradient: HostGradient) -> None:
         """Begins anew with rows of another shape."""
-        guess = max(_SMALLEST_CAPACITY, 2 * padded_size(num_slices))
-        state = self._empty(row, self._capacity or guess)
+        guess = max(_SMALLEST_CAPACITY, 2 * gradient.size)
+        if gradient.is_small:  # several stages must fit in, for being full means waiting
+            deep = _staging.depth(gradient.size, gradient.row, self._spec.dtype)
+            guess = max(guess, 4 * deep * gradient.size)
+        state = self._empty(gradient.row, self._capacity or guess)
         self._keep(state, 0)
         self._num_rejected = 0
 
@@ -329,9 +369,9 @@ class DeviceState:
         To find out, it waits for the device; so it grows too if more than half is full, lest the
         next gradient wait again.
         """
-        state = self._state()
-        if state.capacity == self._bounded(state.capacity + 1):
+        if self._room == self._bounded(self._room + 1):
             return  # as many as there are rows
+        state = self._state()
         num_rows = self._num_slices
         if may_wait and not self._num_tentative:
             num_rows = int(state.num_rows)
@@ -355,36 +395,3 @@ def _filled(host: np.ndarray, like: jax.Array, fill: int) -> jax.Array:
     array = np.full(like.shape, fill, like.dtype)
     array[: host.shape[0]] = host
     return jnp.asarray(array)
-
-
-class _Programs(NamedTuple):
-    """What runs on the device, for states of one structure."""
-
-    treedef: jax.tree_util.PyTreeDef
-    apply: Any
-    take: Any
-
-
-@functools.cache
-def _programs(treedef: jax.tree_util.PyTreeDef) -> _Programs:
-    @functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
-    def apply(leaves: _Leaves, indices: jax.Array, values: jax.Array, rows: int | None) -> _Leaves:
-        state = jax.tree.unflatten(treedef, leaves)
-        gradient = IndexedSlices(indices, values, (rows, *values.shape[1:]))
-        state, _ = _accumulator.apply(state, gradient)
-        return tuple(jax.tree.leaves(state))
-
-    @functools.partial(jax.jit, donate_argnums=0, static_argnums=2)
-    def take(leaves: _Leaves, num_rejected: jax.Array, size: int) -> tuple[_Leaves, _Leaves]:
-        state = jax.tree.unflatten(treedef, leaves)
-        rejected, num_rows = state.verdict_counts[Verdict.INVALID], state.num_rows
-        # Rejections the host has not heard of: not ready, whatever was accumulated.
-        state, gradient, ready = _accumulator.take(
-            state, jnp.where(rejected > num_rejected, jnp.int32(2**31 - 1), jnp.int32(1))
-        )
-        facts = jnp.stack([num_rows, rejected, ready.astype(jnp.int32)])
-        # XLA reads and divides only the rows that are left: their number is bounded by ``size``.
-        taken = (gradient.indices[:size], gradient.values[:size], facts)
-        return tuple(jax.tree.leaves(state)), taken
-
-    return _Programs(treedef, apply, take)

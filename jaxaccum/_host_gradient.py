@@ -16,13 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum import _slices
+from jaxaccum import _slices, _staging
 from jaxaccum._errors import InvalidArgumentError
 
 SMALLEST_SIZE = 32
-# Below this many bytes XLA's own copy of an argument costs less than aligning ours.
-_ALIGN_FROM = 1 << 16
-_ALIGNMENT = 64
 _INT32 = np.dtype(np.int32)
 _UNSIGNED = {
     np.dtype(np.int64): np.uint64,
@@ -36,20 +33,24 @@ class HostGradient(NamedTuple):
     """A gradient ready to be dispatched.
 
     Attributes:
-      indices: int ``[size]``, padding last.
-      values: ``[size, *row]``; whatever was there where indices are padding.
+      indices: int ``[size]``, padding last; the caller's ``[num_slices]`` where ``is_small``.
+      values: ``[size, *row]``; whatever was there where indices are padding. Or the caller's.
       num_slices: how many slices come before the padding.
+      size: to which they are padded.
       row: shape of one row.
       rows: the row count whose end marks padding in ``indices``.
       is_checked: whether the index values were looked at.
+      is_small: whether it is to be copied to a stage, before the caller's call returns.
     """
 
     indices: np.ndarray | jax.Array
     values: np.ndarray | jax.Array
     num_slices: int
+    size: int
     row: tuple[int, ...]
     rows: int | None
     is_checked: bool
+    is_small: bool
 
 
 class GradientReader:
@@ -68,6 +69,7 @@ class GradientReader:
         self._shape = shape
         self._place = place
         self._rows = shape[0] if shape else None
+        self._limit = _slices.padding_index(shape or None)
 
     def read(
         self,
@@ -110,15 +112,18 @@ class GradientReader:
             indices, rows = self._checked(np.asarray(indices), padding), self._rows
         else:
             rows = None if padding in (None, _slices.UNKNOWN_ROWS_PADDING) else padding
-        size = padded_size(num_slices)
-        return HostGradient(
-            self._padded(indices, size, _slices.padding_index((rows,)), _INT32),
-            self._padded(values, size, None, self._dtype),
-            num_slices,
-            shape[1:],
-            rows,
-            is_checked,
+        size, row = padded_size(num_slices), shape[1:]
+        if isinstance(values, jax.Array) and num_slices != size and in_host_memory(values):
+            values = np.asarray(values)
+        is_small = (
+            is_checked
+            and type(values) is np.ndarray
+            and _staging.num_bytes(size, row, self._dtype) <= _staging.SMALL
         )
+        if not is_small:
+            indices = self._padded(indices, size, _slices.padding_index((rows,)), _INT32)
+            values = self._padded(values, size, None, self._dtype)
+        return HostGradient(indices, values, num_slices, size, row, rows, is_checked, is_small)
 
     def _as_values(self, values: Any) -> np.ndarray | jax.Array:
         if type(values) is np.ndarray or isinstance(values, jax.Array):
@@ -151,7 +156,7 @@ class GradientReader:
         if unsigned is None:
             indices = _whole(indices)
             unsigned = np.uint64
-        limit = _slices.padding_index(self._shape or None)
+        limit = self._limit
         end = limit if padding is None else min(limit, padding)
         if not indices.size:
             return indices
@@ -174,13 +179,11 @@ class GradientReader:
         """Returns an array no caller can change, of ``size`` slices, in the right place."""
         num_slices = array.shape[0]
         if isinstance(array, jax.Array):
-            if num_slices == size or not in_host_memory(array):
-                array = _placed(array, self._place)
-                return array if num_slices == size else _pad(array, size, fill)
-            array = np.asarray(array)
+            array = _placed(array, self._place)
+            return array if num_slices == size else _pad(array, size, fill)
         # XLA reads an aligned argument in place, long after the call: so it must be a copy, and an
         # aligned one is the only copy made.
-        padded = _empty((size, *array.shape[1:]), dtype)
+        padded = _staging.aligned((size, *array.shape[1:]), dtype)
         padded[:num_slices] = array
         if fill is not None:
             padded[num_slices:] = fill
@@ -277,17 +280,6 @@ def _entries(dense_shape: Any) -> list[int | None]:
     if isinstance(dense_shape, (list, tuple)):
         return [None if d is None else operator.index(d) for d in dense_shape]
     return cast("list[int | None]", np.asarray(dense_shape).astype(np.int64).ravel().tolist())
-
-
-def _empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    num_bytes = dtype.itemsize
-    for d in shape:
-        num_bytes *= d
-    if num_bytes < _ALIGN_FROM:
-        return np.empty(shape, dtype)
-    memory = np.empty(num_bytes + _ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % _ALIGNMENT
-    return memory[start : start + num_bytes].view(dtype).reshape(shape)
 
 
 def _placed(array: jax.Array, place: jax.sharding.Sharding) -> jax.Array:

@@ -10,13 +10,15 @@ import subprocess
 import sys
 import textwrap
 import threading
+import weakref
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import takers
 
 import jaxaccum
-from jaxaccum._coordinator import Coordinator
+from jaxaccum._coordinator import Coordinator, Waiter
 
 # Seeds of the stress test. The gate runs a hundred; see its slower part.
 STRESS_SEEDS = int(os.environ.get("JAXACCUM_STRESS_SEEDS", "3"))
@@ -109,6 +111,69 @@ def test_closing_cancels_every_waiter_and_later_calls_raise(watch):
             call()
 
 
+def test_an_interrupted_close_is_closed_and_the_next_one_finishes_it(watch):
+    """Ctrl-C as the first waiter is woken: nobody gets in, and nobody is left behind."""
+    acc = takers.accumulator()
+    core, seen = acc.accumulator_ref, []
+
+    def wake():
+        seen.append(type(waiter.outcome[0]))
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+
+    waiter = Waiter(2, wake)
+    core._enqueue(waiter)
+    taker = watch.take(acc, 1)
+    with pytest.raises(KeyboardInterrupt):
+        acc.close()
+    for call in calls(acc):
+        with pytest.raises(jaxaccum.CancelledError, match="closed"):
+            call()
+    acc.close()
+    assert seen == [jaxaccum.CancelledError] * 2
+    with pytest.raises(jaxaccum.CancelledError, match="TakeGrad operation was cancelled"):
+        taker.result()
+
+
+def test_whoever_is_woken_by_closing_finds_it_closed():
+    acc = takers.accumulator()
+    core, errors = acc.accumulator_ref, []
+
+    def wake():
+        for call in (lambda: acc.apply_grad([1], [1]), acc.num_accumulated, acc.state_dict):
+            with pytest.raises(jaxaccum.CancelledError, match="closed") as raised:
+                call()
+            errors.append(raised.value)
+
+    core._enqueue(Waiter(2, wake))
+    acc.close()
+    assert len(errors) == 3
+
+
+def test_closing_frees_what_was_held_staged_and_unclaimed(monkeypatch):
+    acc = takers.accumulator()
+    core = acc.accumulator_ref
+
+    def die(*_, **__):
+        raise SystemExit
+
+    acc.apply_grad([1], [2])
+    with monkeypatch.context() as patch:
+        patch.setattr(Coordinator, "_collect", die)
+        with pytest.raises(SystemExit):
+            acc.take_grad(1)
+    acc.apply_grad([1], [2], local_step=1)
+    (unclaimed,) = core._unclaimed[0].outcome
+    held = [*core._state._box[0], core._state._stage.values, *unclaimed.arrays]
+    held = [weakref.ref(array) for array in held]
+    del unclaimed
+    gc.collect()
+    assert all(ref() is not None for ref in held)
+    acc.close()
+    gc.collect()
+    assert all(ref() is None for ref in held)
+
+
 # A thread that dies while it waits, and one that does after it was served.
 
 
@@ -196,18 +261,41 @@ def test_a_take_that_fails_is_the_takers_concern(watch, monkeypatch):
     assert rows_of(second.result()) == {1: 2}
 
 
-def test_losing_the_state_is_loud(watch, caplog):
+DISPATCHES = {
+    "apply": lambda acc: acc.apply_grad(np.arange(32) % 16, jnp.ones(32, jnp.int32)),
+    "statistics": lambda acc: acc.statistics(),
+    "state_dict": lambda acc: acc.state_dict(),
+}
+
+
+def lose_the_state(acc):
+    for leaf in acc.accumulator_ref._state._box[0]:
+        leaf.delete()
+
+
+@pytest.mark.parametrize("call", DISPATCHES)
+def test_losing_the_state_is_loud(call, watch, caplog):
     """Were a dispatch to fail after its buffers were given away, nobody would wait in vain."""
     acc = takers.accumulator()
     acc.apply_grad([1], [2])
     taker = watch.take(acc, 2)
-    for leaf in acc.accumulator_ref._state._box[0]:
-        leaf.delete()
+    lose_the_state(acc)
     with pytest.raises(RuntimeError, match="deleted"):
-        acc.apply_grad([1], [2])
+        DISPATCHES[call](acc)
     with pytest.raises(jaxaccum.CancelledError):
         taker.result()
     assert "lost its rows" in caplog.text
+
+
+def test_a_take_that_loses_the_state_closes(caplog):
+    acc = takers.accumulator()
+    acc.apply_grad([1], [2])
+    lose_the_state(acc)
+    with pytest.raises(RuntimeError, match="deleted"):
+        acc.take_grad(1)
+    assert "lost its rows" in caplog.text
+    with pytest.raises(jaxaccum.CancelledError, match="closed"):
+        acc.num_accumulated()
 
 
 # Signals. In processes of their own, for they concern the main thread.
@@ -255,14 +343,19 @@ def test_ctrl_c_interrupts_a_take():
     """)
 
 
-def test_ctrl_c_at_any_moment_tears_nothing():
-    """A storm of signals, each raising wherever the main thread happens to be."""
+@pytest.mark.parametrize(("values", "between"), [("numpy", 5), ("numpy", 100), ("jax", 5)])
+def test_ctrl_c_at_any_moment_tears_nothing(values, between):
+    """A storm of signals, each raising wherever the main thread happens to be.
+
+    NumPy's are staged, and sent by a take or, when it takes long to come, by an apply; those of JAX
+    are dispatched one by one.
+    """
     assert "consistent" in run(
-        """
-        import signal, takers, numpy as np
+        f"""
+        import signal, takers, numpy as np, jax.numpy as jnp
 
         acc = takers.accumulator(shape=(64,), capacity=64)
-        ids, ones = np.arange(32), np.ones(32, np.int32)
+        ids, ones = np.arange(32), {"np" if values == "numpy" else "jnp"}.ones(32, jnp.int32)
         for n in range(1, 12):  # compiled in peace: jit's first call of a kind runs Python code
             for _ in range(n):
                 acc.apply_grad(ids, ones, local_step=1 << 40)
@@ -281,7 +374,7 @@ def test_ctrl_c_at_any_moment_tears_nothing():
             try:
                 signal.setitimer(signal.ITIMER_REAL, float(rng.uniform(1e-6, 60e-6)))
                 acc.apply_grad(ids, ones, local_step=1 << 40)
-                if k % 5 == 0:
+                if k % {between} == 0:
                     acc.take_grad(1, timeout=0)
                 signal.setitimer(signal.ITIMER_REAL, 0)
             except Storm:
