@@ -64,6 +64,7 @@ def environment() -> dict[str, Any]:
         "num_devices": jax.device_count(),
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
+        "huge_pages": _has_huge_pages(),
         "versions": versions,
     }
 
@@ -82,9 +83,15 @@ def report(name: str, rows: Iterable[dict[str, Any]], *, note: str = "") -> None
     if note:
         console.print(note)
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{jax.default_backend()}-jax{env['versions']['jax']}.json"
+    device = jax.default_backend() + ("-huge_pages" if env["huge_pages"] else "")
+    path = RESULTS / f"{name}-{device}-jax{env['versions']['jax']}.json"
     path.write_text(json.dumps({"environment": env, "note": note, "rows": rows}, indent=1) + "\n")
     console.print(f"written: {path.relative_to(RESULTS.parent.parent)}")
+
+
+def _has_huge_pages() -> bool:
+    """Whether malloc asks for them, as docs/accumulator.md advises."""
+    return "glibc.malloc.hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "")
 
 
 def _format(value: object) -> str:
