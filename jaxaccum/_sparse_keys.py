@@ -285,7 +285,7 @@ def match_rows(table: jax.Array, *queries: jax.Array) -> tuple[jax.Array, ...]:
     if num_rows == 0 or num_columns == 0:
         # Nowhere, which is position k = 0, or the first of all equal rows.
         return tuple(jnp.zeros(q.shape[:1], jnp.int32) for q in queries)
-    low, high = jnp.min(table, axis=0)[None], jnp.max(table, axis=0)[None]
+    low, high = _box(table)
     word = np.dtype(f"uint{8 * table.dtype.itemsize}")
 
     def shifted(rows: jax.Array) -> jax.Array:
@@ -294,17 +294,36 @@ def match_rows(table: jax.Array, *queries: jax.Array) -> tuple[jax.Array, ...]:
         inside = (rows >= low) & (rows <= high)
         return jnp.where(inside, rows.astype(word) - low.astype(word), 0)
 
-    spread = shifted(high)
+    spread = shifted(high)[0]
     cells = jnp.prod(spread.astype(jnp.float32) + 1)
-    rows = shifted(table), spread, *(shifted(q) for q in queries)
+    # A margin for the rounding of the product; beyond it two words are never wrong.
+    fits = cells < 0.99 * 2.0 ** (8 * word.itemsize)
+    fold = functools.partial(_fold_box, spread)
+    all_rows = (table, *queries)
+    # Each branch folds for itself: what is folded before is written to memory and read again.
     found = lax.cond(
-        # A margin for the rounding of the product; beyond it two words are never wrong.
-        cells < 0.99 * 2.0 ** (8 * word.itemsize),
-        lambda: _find(*(_fold_box(r, spread[0]) for r in rows)),
-        lambda: _find(*(_columns(r) for r in rows)),
+        fits & ascends(_columns(table)),
+        lambda: _find_sorted(fold(spread[None])[0][0], *(fold(shifted(r)) for r in all_rows)),
+        lambda: lax.cond(
+            fits,
+            lambda: _find(fold(spread[None])[0][0], *(fold(shifted(r)) for r in all_rows)),
+            lambda: _find(spread[0], *(_columns(shifted(r)) for r in all_rows)),
+        ),
     )
     inside = (jnp.all((q >= low) & (q <= high), axis=1) for q in queries)
     return tuple(jnp.where(ok, f, num_rows) for ok, f in zip(inside, found, strict=True))
+
+
+def _box(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns the least and the largest of each column, ``[1, d]``: a pass, not two of ``min``."""
+    most = jnp.iinfo(rows.dtype)
+    low, high = lax.reduce(
+        (rows, rows),
+        (jnp.asarray(most.max, rows.dtype), jnp.asarray(most.min, rows.dtype)),
+        lambda a, b: (lax.min(a[0], b[0]), lax.max(a[1], b[1])),
+        (0,),
+    )
+    return low[None], high[None]
 
 
 def match_in_line(table: jax.Array, queries: jax.Array) -> jax.Array:
@@ -316,7 +335,7 @@ def match_in_line(table: jax.Array, queries: jax.Array) -> jax.Array:
     num_rows, num_columns = table.shape
     if num_rows == 0 or num_columns == 0:
         return match_rows(table, queries)[0]
-    low, high = jnp.min(table, axis=0)[None], jnp.max(table, axis=0)[None]
+    low, high = _box(table)
     inside = jnp.all((queries >= low) & (queries <= high), axis=1)
     before = count_before(inside)
     guess = jnp.minimum(before[:-1], num_rows - 1)
@@ -332,7 +351,7 @@ def match_in_line(table: jax.Array, queries: jax.Array) -> jax.Array:
     return found
 
 
-def _fold_box(rows: jax.Array, spread: jax.Array) -> Words:
+def _fold_box(spread: jax.Array, rows: jax.Array) -> Words:
     key = rows[:, 0]
     for column in range(1, rows.shape[1]):
         key = key * (spread[column] + 1) + rows[:, column]
@@ -343,23 +362,24 @@ def _columns(rows: jax.Array) -> Words:
     return tuple(rows[:, column] for column in range(rows.shape[1]))
 
 
-def _find(table: Words, corner: Words, *queries: Words) -> tuple[jax.Array, ...]:
-    """Returns the position of each query in ``table`` in any order, its length where absent.
-
-    ``corner`` ``[1]`` is the last row of the box that holds all of them.
-    """
-    (num_rows,), largest = table[0].shape, corner[0][0]
+def _find(largest: jax.Array, table: Words, *queries: Words) -> tuple[jax.Array, ...]:
+    """Returns the position of each query in ``table`` in any order, its length where absent."""
+    (num_rows,) = table[0].shape
     ranked, source = lax.cond(
         ascends(table),
         lambda: (table, jnp.arange(num_rows, dtype=jnp.int32)),
         lambda: _rank(table, largest),
     )
-    positions = []
-    for query, found in zip(queries, lower_bounds(ranked, largest, *queries), strict=True):
-        is_hit = (found < num_rows) & equal(at(ranked, found), query)
-        home = take(source, jnp.minimum(found, num_rows - 1))
-        positions.append(jnp.where(is_hit, home, num_rows))
-    return tuple(positions)
+    source = jnp.append(source, jnp.int32(num_rows))
+    return tuple(take(source, found) for found in _find_sorted(largest, ranked, *queries))
+
+
+def _find_sorted(largest: jax.Array, table: Words, *queries: Words) -> tuple[jax.Array, ...]:
+    (num_rows,) = table[0].shape
+    return tuple(
+        jnp.where((found < num_rows) & equal(at(table, found), query), found, num_rows)
+        for query, found in zip(queries, lower_bounds(table, largest, *queries), strict=True)
+    )
 
 
 def _rank(table: Words, largest: jax.Array) -> tuple[Words, jax.Array]:
