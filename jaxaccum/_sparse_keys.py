@@ -20,8 +20,8 @@ import numpy as np
 from jax import lax
 
 Words = tuple[jax.Array, ...]
-# Where searches start and end, and how far apart these are at most.
-_Stretch = tuple[jax.Array, jax.Array, jax.Array]
+# Where searches start, and how many rows further on they end at most.
+_Stretch = tuple[jax.Array, jax.Array]
 
 # Shorter tables are searched without a directory, which would cost more than it saves.
 _DIRECTORY_FROM = 4096
@@ -202,40 +202,36 @@ def lower_bounds(table: Words, largest: int | jax.Array, *queries: Words) -> tup
     if num_rows < _DIRECTORY_FROM:
         return tuple(_halve_all(table, q) for q in queries)
     bucket_of = _directory(table[0], largest)
-    return tuple(_halve_to_end(table, q, *bucket_of(q[0])) for q in queries)
+    return tuple(_halve_from(table, q, *bucket_of(q[0])) for q in queries)
 
 
 def _halve_all(table: Words, queries: Words) -> jax.Array:
     """Binary search in the whole of a small table: rounds known in advance cost less to start."""
     (num_rows,) = table[0].shape
-    levels, last = num_rows.bit_length(), jnp.int32(num_rows)
+    levels = num_rows.bit_length()
 
     def halve(level: int, found: jax.Array) -> jax.Array:
-        return _halve(table, queries, found, last, jnp.int32(1 << (levels - 1)) >> level)
+        return _halve(table, queries, found, jnp.int32(1 << (levels - 1)) >> level)
 
     start = jnp.zeros(queries[0].shape, jnp.int32)
     found: jax.Array = lax.fori_loop(0, levels, halve, start)
     return found
 
 
-def _halve_to_end(
-    table: Words, queries: Words, first: jax.Array, last: jax.Array, widest: jax.Array
-) -> jax.Array:
-    """Binary search from ``first`` to ``last``, which are no further than ``widest`` apart."""
+def _halve_from(table: Words, queries: Words, first: jax.Array, widest: jax.Array) -> jax.Array:
+    """Binary search in the ``widest`` rows from ``first`` on; before ``first`` all are smaller."""
     step = jnp.int32(1) << (31 - lax.clz(jnp.maximum(widest, 1)))
     return lax.while_loop(
         lambda carry: carry[0] > 0,
-        lambda carry: (carry[0] >> 1, _halve(table, queries, carry[1], last, carry[0])),
+        lambda carry: (carry[0] >> 1, _halve(table, queries, carry[1], carry[0])),
         (step, first),
     )[1]
 
 
-def _halve(
-    table: Words, queries: Words, found: jax.Array, last: jax.Array, step: jax.Array
-) -> jax.Array:
+def _halve(table: Words, queries: Words, found: jax.Array, step: jax.Array) -> jax.Array:
     """One round of binary search: ``step`` rows on, where the row before still is too small."""
     probe = found + (step - 1)
-    is_right = (probe < last) & less(at(table, probe), queries)
+    is_right = (probe < table[0].shape[0]) & less(at(table, probe), queries)
     return jnp.where(is_right, found + step, found)
 
 
@@ -246,23 +242,21 @@ def _strides(table: Words, queries: Words) -> _Stretch:
     pivots = tuple(w[stride::stride, None] for w in table)
     passed = less(pivots, tuple(q[None] for q in queries))
     first = jnp.sum(passed, axis=0, dtype=jnp.int32) * stride
-    return first, jnp.minimum(first + stride, num_rows), jnp.int32(stride)
+    return first, jnp.int32(stride)
 
 
 def _directory(table: jax.Array, largest: int | jax.Array) -> Callable[[jax.Array], _Stretch]:
-    """Returns what maps queries to the start and end of their buckets and the fullest's size."""
+    """Returns what maps queries to the start of their buckets and the size of the fullest."""
     num_rows, word = table.shape[0], table.dtype
     bits = (num_rows // _PER_BUCKET).bit_length() - 1
     used = 8 * word.itemsize - lax.clz(jnp.asarray(largest, word)).astype(jnp.int32)
     shift = jnp.maximum(used - bits, 0).astype(word)
     bounds = jnp.arange(2**bits, dtype=word) << shift
-    starts = _halve_to_end((table,), (bounds,), *_strides((table,), (bounds,)))
-    ends = jnp.concatenate([starts[1:], jnp.full(1, num_rows, jnp.int32)])
-    widest = jnp.max(ends - starts)
+    starts = _halve_from((table,), (bounds,), *_strides((table,), (bounds,)))
+    widest = jnp.max(jnp.diff(starts, append=jnp.int32(num_rows)))
 
     def bucket_of(queries: jax.Array) -> _Stretch:
-        bucket = (queries >> shift).astype(jnp.int32)
-        return take(starts, bucket), take(ends, bucket), widest
+        return take(starts, (queries >> shift).astype(jnp.int32)), widest
 
     return bucket_of
 
