@@ -75,7 +75,7 @@ def match_in_line(table: jax.Array, queries: jax.Array) -> jax.Array:
     """Returns what ``match_rows`` does, at a glance where the rows come in the table's order.
 
     The guess: the n-th query inside the box that holds the table is its n-th row. Comparing tells;
-    if all of them are, no row of the table is left over and none repeats, nothing else can match.
+    if all of them are and no row of the table repeats, no query can have another place.
     """
     num_rows, num_columns = table.shape
     if num_rows == 0 or num_columns == 0:
@@ -87,7 +87,7 @@ def match_in_line(table: jax.Array, queries: jax.Array) -> jax.Array:
     same = jnp.all(keys.take(table, guess) == queries, axis=1)
     rows = _columns(table)
     rises = keys.less(tuple(w[:-1] for w in rows), tuple(w[1:] for w in rows))
-    is_right = (before[-1] == num_rows) & jnp.all(same | ~inside) & jnp.all(rises)
+    is_right = jnp.all(same | ~inside) & jnp.all(rises)
     found: jax.Array = lax.cond(
         is_right,
         lambda: jnp.where(inside, guess, num_rows),
@@ -123,8 +123,9 @@ def _find_sorted(
     largest: jax.Array, table: keys.Words, *queries: keys.Words
 ) -> tuple[jax.Array, ...]:
     (num_rows,) = table[0].shape
+    # A query past the end is compared with the last row, which it exceeds.
     return tuple(
-        jnp.where((found < num_rows) & keys.equal(keys.at(table, found), query), found, num_rows)
+        jnp.where(keys.equal(keys.at(table, found), query), found, num_rows)
         for query, found in zip(queries, keys.lower_bounds(table, largest, *queries), strict=True)
     )
 

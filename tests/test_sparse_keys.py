@@ -14,8 +14,9 @@ from jaxaccum import _sparse_match as match
 @pytest.mark.parametrize("num_rows", [1, 4, 4095, 4096, 5000])
 def test_search_agrees_with_numpy(num_rows):
     rng = np.random.default_rng(num_rows)
-    for span in (10, 2**32 - 1):  # crowded into one bucket, and spread over all
-        table = np.sort(rng.integers(0, span, num_rows, dtype=np.uint32))
+    # Crowded into the first bucket, spread over all, and crowded into the last.
+    for low, span in ((0, 10), (0, 2**32 - 1), (2**32 - 11, 2**32 - 1)):
+        table = np.sort(rng.integers(low, span, num_rows, dtype=np.uint32))
         asked = np.append(rng.integers(0, span, 50, dtype=np.uint32), table[:5])
         search = jax.jit(functools.partial(keys.lower_bound, largest=span))
         for found in (
@@ -56,6 +57,19 @@ def test_match_rows_of_an_ascending_table(far):
     want = [0, 0, *range(2, 7), *[7] * 4]
     found = jax.jit(match.match_rows)(jnp.array(table), jnp.array(asked), jnp.array(table))
     assert [f.tolist() for f in found] == [want, want[:7]]
+
+
+@pytest.mark.parametrize("step", [1, -1])  # ascending, and sorted first
+def test_rows_that_would_share_a_word_are_told_apart(step):
+    table = jnp.array([[0, 0], [2**16, 5], [2**16, 2**16 - 1]], jnp.int32)[::step]
+    asked = jnp.array([[0, 5], [2**16, 5]], jnp.int32)
+    assert match.match_rows(table, asked)[0].tolist() == [3, 1]
+
+
+def test_rows_in_line_are_not_searched(monkeypatch):
+    monkeypatch.setattr(match, "match_rows", lambda table, rows: (jnp.zeros(len(rows), jnp.int32),))
+    table, asked = jnp.array([[1, 2], [1, 3], [2, 2]]), [[0, 9], [1, 2], [1, 3], [2, 2], [3, 0]]
+    assert match.match_in_line(table, jnp.array(asked)).tolist() == [3, 0, 1, 2, 3]
 
 
 def in_line_cases():
