@@ -17,7 +17,7 @@ def test_search_agrees_with_numpy(num_rows):
     # Crowded into the first bucket, spread over all, and crowded into the last.
     for low, span in ((0, 10), (0, 2**32 - 1), (2**32 - 11, 2**32 - 1)):
         table = np.sort(rng.integers(low, span, num_rows, dtype=np.uint32))
-        asked = np.append(rng.integers(0, span, 50, dtype=np.uint32), table[:5])
+        asked = np.append(rng.integers(0, span, 50, dtype=np.uint32), table[[0, -1]])
         search = jax.jit(functools.partial(keys.lower_bound, largest=span))
         for found in (
             search((jnp.array(table),), (jnp.array(asked),)),
