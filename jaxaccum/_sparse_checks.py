@@ -224,7 +224,7 @@ def _start(start: Any, rank: int) -> Any:
 
 
 def shifted(rows: jax.Array, start: Any, out: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the rows of a slice's output, and those of its input as the output counts them."""
+    """Returns the rows of a slice's output as its input counts them, and those of the input."""
     if len(out) > len(rows):
         raise ValueError(
             "output_indices must not have more rows than input_indices, "
@@ -239,7 +239,8 @@ def shifted(rows: jax.Array, start: Any, out: jax.Array) -> tuple[jax.Array, jax
             f"got {start.shape[0]}"
         )
     rows, start, out = same_dtype(rows, start, out)
-    return out, rows - start[None]
+    # There are fewer of the output. Where this wraps, the rows it is compared with are as far off.
+    return out + start[None], rows
 
 
 def all_propagated(num_used: jax.Array, num_given: int) -> None:

@@ -1,4 +1,4 @@
-"""Rows of indices as integer keys: folding, counting, sorted search and matching by value.
+"""Rows of indices as integer keys: folding, counting and sorted search.
 
 Everything here is integer structure; no gradient flows through this room. ``n`` rows of ``d``
 columns become *words*: a tuple of unsigned vectors ``[n]`` that compare, word by word, as the rows
@@ -8,9 +8,7 @@ compare column by column. One word does wherever the shape has fewer than ``2**3
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +18,8 @@ import numpy as np
 from jax import lax
 
 Words = tuple[jax.Array, ...]
-# Where searches start and end, and how far apart these are at most.
-_Stretch = tuple[jax.Array, jax.Array, jax.Array]
+# Where searches start, and how many rows further on they end at most.
+_Stretch = tuple[jax.Array, jax.Array]
 
 # Shorter tables are searched without a directory, which would cost more than it saves.
 _DIRECTORY_FROM = 4096
@@ -29,8 +27,9 @@ _DIRECTORY_FROM = 4096
 _PER_BUCKET = 8
 # Rows that the bounds of a directory are compared with first: five rounds in one pass.
 _PIVOTS = 32
-# Counting 32 rows a word takes a quarter of XLA's cumsum on the CPU at 1M, more at a few thousand.
-_COUNT_BITS_FROM = 4096
+# Numbers summed up in one step. XLA's cumsum, whose steps end up inside what reads it, takes five
+# times as long at 65,536 and 1M; 8, 16, 32 and 64 are about equal, 16 the best at 65,536.
+_LANES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,16 +156,24 @@ def starts_group(words: Words) -> jax.Array:
 def count_before(mask: jax.Array) -> jax.Array:
     """Returns how many of ``mask`` ``[n]`` are true before each position, and in all."""
     (size,) = mask.shape
-    if size < _COUNT_BITS_FROM:
-        ones = jnp.concatenate([jnp.zeros(1, jnp.int32), mask.astype(jnp.int32)])
-        return jnp.cumsum(ones, dtype=jnp.int32)
-    lane = jnp.arange(32, dtype=jnp.uint32)[None]
-    bits = jnp.pad(mask, (0, 32 - size % 32)).reshape(-1, 32).astype(jnp.uint32)
-    # Thirty-two columns or-ed one by one: a sum over the short axis takes twice as long.
-    words = functools.reduce(operator.or_, (bits[:, i] << i for i in range(32)))
-    count = lax.population_count(words).astype(jnp.int32)
-    below = lax.population_count(words[:, None] & ((jnp.uint32(1) << lane) - 1))
-    return ((jnp.cumsum(count) - count)[:, None] + below.astype(jnp.int32)).reshape(-1)[: size + 1]
+    below = (jnp.uint32(1) << jnp.arange(32, dtype=jnp.uint32)[None]) - 1
+    bits = jnp.pad(mask, (0, 32 - size % 32)).reshape(-1, 32)
+    words = jnp.sum(jnp.where(bits, below + 1, 0), axis=1, dtype=jnp.uint32)
+    count = lax.population_count(words[:, None] & below).astype(jnp.int32)
+    before = sum_before(lax.population_count(words).astype(jnp.int32))
+    return (before[:, None] + count).reshape(-1)[: size + 1]
+
+
+def sum_before(counts: jax.Array) -> jax.Array:
+    """Returns the sum of what comes before each of ``counts`` ``[n]``."""
+    (size,) = counts.shape
+    lane = np.arange(_LANES)
+    rows = jnp.pad(counts, (0, -size % _LANES)).reshape(-1, _LANES)
+    is_before = (lane[:, None] < lane[None])[None]
+    before = jnp.sum(jnp.where(is_before, rows[:, :, None], 0), axis=1, dtype=counts.dtype)
+    if len(rows) > 1:
+        before += sum_before(jnp.sum(rows, axis=1, dtype=counts.dtype))[:, None]
+    return before.reshape(-1)[:size]
 
 
 def lower_bound(table: Words, queries: Words, largest: int | jax.Array) -> jax.Array:
@@ -195,40 +202,36 @@ def lower_bounds(table: Words, largest: int | jax.Array, *queries: Words) -> tup
     if num_rows < _DIRECTORY_FROM:
         return tuple(_halve_all(table, q) for q in queries)
     bucket_of = _directory(table[0], largest)
-    return tuple(_halve_to_end(table, q, *bucket_of(q[0])) for q in queries)
+    return tuple(_halve_from(table, q, *bucket_of(q[0])) for q in queries)
 
 
 def _halve_all(table: Words, queries: Words) -> jax.Array:
     """Binary search in the whole of a small table: rounds known in advance cost less to start."""
     (num_rows,) = table[0].shape
-    levels, last = num_rows.bit_length(), jnp.int32(num_rows)
+    levels = num_rows.bit_length()
 
     def halve(level: int, found: jax.Array) -> jax.Array:
-        return _halve(table, queries, found, last, jnp.int32(1 << (levels - 1)) >> level)
+        return _halve(table, queries, found, jnp.int32(1 << (levels - 1)) >> level)
 
     start = jnp.zeros(queries[0].shape, jnp.int32)
     found: jax.Array = lax.fori_loop(0, levels, halve, start)
     return found
 
 
-def _halve_to_end(
-    table: Words, queries: Words, first: jax.Array, last: jax.Array, widest: jax.Array
-) -> jax.Array:
-    """Binary search from ``first`` to ``last``, which are no further than ``widest`` apart."""
+def _halve_from(table: Words, queries: Words, first: jax.Array, widest: jax.Array) -> jax.Array:
+    """Binary search in the ``widest`` rows from ``first`` on; before ``first`` all are smaller."""
     step = jnp.int32(1) << (31 - lax.clz(jnp.maximum(widest, 1)))
     return lax.while_loop(
         lambda carry: carry[0] > 0,
-        lambda carry: (carry[0] >> 1, _halve(table, queries, carry[1], last, carry[0])),
+        lambda carry: (carry[0] >> 1, _halve(table, queries, carry[1], carry[0])),
         (step, first),
     )[1]
 
 
-def _halve(
-    table: Words, queries: Words, found: jax.Array, last: jax.Array, step: jax.Array
-) -> jax.Array:
+def _halve(table: Words, queries: Words, found: jax.Array, step: jax.Array) -> jax.Array:
     """One round of binary search: ``step`` rows on, where the row before still is too small."""
     probe = found + (step - 1)
-    is_right = (probe < last) & less(at(table, probe), queries)
+    is_right = (probe < table[0].shape[0]) & less(at(table, probe), queries)
     return jnp.where(is_right, found + step, found)
 
 
@@ -239,128 +242,23 @@ def _strides(table: Words, queries: Words) -> _Stretch:
     pivots = tuple(w[stride::stride, None] for w in table)
     passed = less(pivots, tuple(q[None] for q in queries))
     first = jnp.sum(passed, axis=0, dtype=jnp.int32) * stride
-    return first, jnp.minimum(first + stride, num_rows), jnp.int32(stride)
+    return first, jnp.int32(stride)
 
 
 def _directory(table: jax.Array, largest: int | jax.Array) -> Callable[[jax.Array], _Stretch]:
-    """Returns what maps queries to the start and end of their buckets and the fullest's size."""
+    """Returns what maps queries to the start of their buckets and the size of the fullest."""
     num_rows, word = table.shape[0], table.dtype
     bits = (num_rows // _PER_BUCKET).bit_length() - 1
     used = 8 * word.itemsize - lax.clz(jnp.asarray(largest, word)).astype(jnp.int32)
     shift = jnp.maximum(used - bits, 0).astype(word)
     bounds = jnp.arange(2**bits, dtype=word) << shift
-    starts = _halve_to_end((table,), (bounds,), *_strides((table,), (bounds,)))
-    ends = jnp.concatenate([starts[1:], jnp.full(1, num_rows, jnp.int32)])
-    widest = jnp.max(ends - starts)
+    starts = _halve_from((table,), (bounds,), *_strides((table,), (bounds,)))
+    widest = jnp.max(jnp.diff(starts, append=jnp.int32(num_rows)))
 
     def bucket_of(queries: jax.Array) -> _Stretch:
-        bucket = (queries >> shift).astype(jnp.int32)
-        return take(starts, bucket), take(ends, bucket), widest
+        return take(starts, (queries >> shift).astype(jnp.int32)), widest
 
     return bucket_of
-
-
-def match_rows(table: jax.Array, *queries: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns the position of each row of the ``queries`` in ``table``, by value.
-
-    No shape is known here, so rows fold relative to the box that holds the table: into one word
-    where the box has fewer than ``2**32`` cells, else each column is a word of its own. Sorted
-    tables are searched as they are, others sorted first.
-
-    Args:
-      table: ``[k, d]``, in any order; of equal rows the first one counts.
-      *queries: ``[n, d]`` each, in any order, of the same dtype.
-
-    Returns:
-      int32 ``[n]`` for each; ``k`` where the table has no such row.
-    """
-    num_rows, num_columns = table.shape
-    if num_rows == 0 or num_columns == 0:
-        # Nowhere, which is position k = 0, or the first of all equal rows.
-        return tuple(jnp.zeros(q.shape[:1], jnp.int32) for q in queries)
-    low, high = jnp.min(table, axis=0)[None], jnp.max(table, axis=0)[None]
-    word = np.dtype(f"uint{8 * table.dtype.itemsize}")
-
-    def shifted(rows: jax.Array) -> jax.Array:
-        # Unsigned differences are right even where the signed ones would overflow. What lies
-        # outside the box may be any row of it: it is masked at the end.
-        inside = (rows >= low) & (rows <= high)
-        return jnp.where(inside, rows.astype(word) - low.astype(word), 0)
-
-    spread = shifted(high)
-    cells = jnp.prod(spread.astype(jnp.float32) + 1)
-    rows = shifted(table), spread, *(shifted(q) for q in queries)
-    found = lax.cond(
-        # A margin for the rounding of the product; beyond it two words are never wrong.
-        cells < 0.99 * 2.0 ** (8 * word.itemsize),
-        lambda: _find(*(_fold_box(r, spread[0]) for r in rows)),
-        lambda: _find(*(_columns(r) for r in rows)),
-    )
-    inside = (jnp.all((q >= low) & (q <= high), axis=1) for q in queries)
-    return tuple(jnp.where(ok, f, num_rows) for ok, f in zip(inside, found, strict=True))
-
-
-def match_in_line(table: jax.Array, queries: jax.Array) -> jax.Array:
-    """Returns what ``match_rows`` does, at a glance where the rows come in the table's order.
-
-    The guess: the n-th query inside the box that holds the table is its n-th row. Comparing tells;
-    if all of them are, no row of the table is left over and none repeats, nothing else can match.
-    """
-    num_rows, num_columns = table.shape
-    if num_rows == 0 or num_columns == 0:
-        return match_rows(table, queries)[0]
-    low, high = jnp.min(table, axis=0)[None], jnp.max(table, axis=0)[None]
-    inside = jnp.all((queries >= low) & (queries <= high), axis=1)
-    before = count_before(inside)
-    guess = jnp.minimum(before[:-1], num_rows - 1)
-    same = jnp.all(take(table, guess) == queries, axis=1)
-    rows = _columns(table)
-    rises = less(tuple(w[:-1] for w in rows), tuple(w[1:] for w in rows))
-    is_right = (before[-1] == num_rows) & jnp.all(same | ~inside) & jnp.all(rises)
-    found: jax.Array = lax.cond(
-        is_right,
-        lambda: jnp.where(inside, guess, num_rows),
-        lambda: match_rows(table, queries)[0],
-    )
-    return found
-
-
-def _fold_box(rows: jax.Array, spread: jax.Array) -> Words:
-    key = rows[:, 0]
-    for column in range(1, rows.shape[1]):
-        key = key * (spread[column] + 1) + rows[:, column]
-    return (key,)
-
-
-def _columns(rows: jax.Array) -> Words:
-    return tuple(rows[:, column] for column in range(rows.shape[1]))
-
-
-def _find(table: Words, corner: Words, *queries: Words) -> tuple[jax.Array, ...]:
-    """Returns the position of each query in ``table`` in any order, its length where absent.
-
-    ``corner`` ``[1]`` is the last row of the box that holds all of them.
-    """
-    (num_rows,), largest = table[0].shape, corner[0][0]
-    ranked, source = lax.cond(
-        ascends(table),
-        lambda: (table, jnp.arange(num_rows, dtype=jnp.int32)),
-        lambda: _rank(table, largest),
-    )
-    positions = []
-    for query, found in zip(queries, lower_bounds(ranked, largest, *queries), strict=True):
-        is_hit = (found < num_rows) & equal(at(ranked, found), query)
-        home = take(source, jnp.minimum(found, num_rows - 1))
-        positions.append(jnp.where(is_hit, home, num_rows))
-    return tuple(positions)
-
-
-def _rank(table: Words, largest: jax.Array) -> tuple[Words, jax.Array]:
-    """Returns ``table`` sorted, and for the first of equal rows where it came from."""
-    ranked, rank = sort_rows(table, largest)
-    (num_rows,) = rank.shape
-    source = jnp.full(num_rows, num_rows, jnp.int32)
-    return ranked, source.at[rank].min(jnp.arange(num_rows, dtype=jnp.int32), mode="drop")
 
 
 def sort_rows(words: Words, largest: int | jax.Array) -> tuple[Words, jax.Array]:

@@ -21,6 +21,7 @@ from jax.typing import ArrayLike
 
 from jaxaccum import _sparse_checks as checks
 from jaxaccum import _sparse_keys as keys
+from jaxaccum import _sparse_match as match
 from jaxaccum import _sparse_places as places
 
 
@@ -286,8 +287,8 @@ def sparse_slice_grad(
 
 
 # Compiled apart from the gathers, so that a new dtype of the gradient compiles no new search.
-_match = jax.jit(keys.match_rows)
-_match_in_line = jax.jit(keys.match_in_line)
+_match = jax.jit(match.match_rows)
+_match_in_line = jax.jit(match.match_in_line)
 
 
 @jax.jit

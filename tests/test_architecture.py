@@ -52,6 +52,7 @@ ORDER = [
     "_registry",
     "_conditional_accumulator",
     "_sparse_keys",
+    "_sparse_match",
     "_sparse_places",
     "_sparse_checks",
     "_sparse_ops",

@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 
 from jaxaccum import _sparse_keys as keys
+from jaxaccum import _sparse_match as match
 
 
 @pytest.mark.parametrize("num_rows", [1, 4, 4095, 4096, 5000])
 def test_search_agrees_with_numpy(num_rows):
     rng = np.random.default_rng(num_rows)
-    for span in (10, 2**32 - 1):  # crowded into one bucket, and spread over all
-        table = np.sort(rng.integers(0, span, num_rows, dtype=np.uint32))
-        asked = np.append(rng.integers(0, span, 50, dtype=np.uint32), table[:5])
+    # Crowded into the first bucket, spread over all, and crowded into the last.
+    for low, span in ((0, 10), (0, 2**32 - 1), (2**32 - 11, 2**32 - 1)):
+        table = np.sort(rng.integers(low, span, num_rows, dtype=np.uint32))
+        asked = np.append(rng.integers(0, span, 50, dtype=np.uint32), table[[0, -1]])
         search = jax.jit(functools.partial(keys.lower_bound, largest=span))
         for found in (
             search((jnp.array(table),), (jnp.array(asked),)),
@@ -24,21 +26,50 @@ def test_search_agrees_with_numpy(num_rows):
             np.testing.assert_array_equal(found, np.searchsorted(table, asked))
 
 
+@pytest.mark.parametrize("size", [1, 16, 17, 256, 4097])
+def test_sum_before_agrees_with_numpy(size):
+    counts = np.random.default_rng(size).integers(-9, 9, size).astype(np.int32)
+    want = np.concatenate([[0], np.cumsum(counts)])[:-1]
+    np.testing.assert_array_equal(keys.sum_before(jnp.array(counts)), want)
+
+
 @pytest.mark.parametrize("far", [0, 2**31 - 8])  # one word, and a box of more than 2**32 cells
 def test_match_rows_takes_the_first_of_equal_rows(far):
     table = np.array([[5, 1], [-3, 2], [5, 1], [-2, 7], [-3, 2 + far], [far, -far]], np.int32)
     asked = np.array([[5, 1], [-3, 2], [0, 0], [-2, 7], [9, 9], [-3, 2 + far], [far, -far]])
     place = {tuple(row): i for i, row in reversed(list(enumerate(table.tolist())))}
     want = [place.get(tuple(row), 6) for row in asked.tolist()]
-    (found,) = keys.match_rows(jnp.array(table), jnp.array(asked, jnp.int32))
+    (found,) = match.match_rows(jnp.array(table), jnp.array(asked, jnp.int32))
     assert found.tolist() == want
 
 
-@pytest.mark.parametrize("size", [1, 31, 4095, 4096, 4127, 4128])
+@pytest.mark.parametrize("size", [0, 1, 31, 32, 511, 512, 5000])
 def test_count_before_agrees_with_numpy(size):
     mask = np.random.default_rng(size).random(size) < 0.5
     want = np.concatenate([[0], np.cumsum(mask)])
     np.testing.assert_array_equal(keys.count_before(jnp.array(mask)), want)
+
+
+@pytest.mark.parametrize("far", [0, 2**31 - 8])
+def test_match_rows_of_an_ascending_table(far):
+    table = np.array([[-9, 4], [-9, 4], [-1, 0], [0, -3], [0, 5], [7, far], [7 + far, 1]], np.int32)
+    asked = np.append(table, [[-9, 0], [0, 6], [8, -3], [-10, 5]], axis=0).astype(np.int32)
+    want = [0, 0, *range(2, 7), *[7] * 4]
+    found = jax.jit(match.match_rows)(jnp.array(table), jnp.array(asked), jnp.array(table))
+    assert [f.tolist() for f in found] == [want, want[:7]]
+
+
+@pytest.mark.parametrize("step", [1, -1])  # ascending, and sorted first
+def test_rows_that_would_share_a_word_are_told_apart(step):
+    table = jnp.array([[0, 0], [2**16, 5], [2**16, 2**16 - 1]], jnp.int32)[::step]
+    asked = jnp.array([[0, 5], [2**16, 5]], jnp.int32)
+    assert match.match_rows(table, asked)[0].tolist() == [3, 1]
+
+
+def test_rows_in_line_are_not_searched(monkeypatch):
+    monkeypatch.setattr(match, "match_rows", lambda table, rows: (jnp.zeros(len(rows), jnp.int32),))
+    table, asked = jnp.array([[1, 2], [1, 3], [2, 2]]), [[0, 9], [1, 2], [1, 3], [2, 2], [3, 0]]
+    assert match.match_in_line(table, jnp.array(asked)).tolist() == [3, 0, 1, 2, 3]
 
 
 def in_line_cases():
@@ -52,10 +83,13 @@ def in_line_cases():
     yield [[1, 2], [2, 2], [2, 3]], rows  # as many in the box, of which one differs
     yield rows, rows[1:4]  # rows of the table left over
     yield rows[1:4], [[9, 9]] * 5
+    yield rows[1:4], [[1, 3], [1, 3], [2, 2]]  # the right number, the first of them wrong
+    yield rows[1:4], [*rows[1:4], [1, 3]]  # all in line, and one again
+    yield [[1, 3], [1, 2], [2, 2]], [[1, 3], [1, 2], [2, 2]]  # equal, out of order
 
 
 @pytest.mark.parametrize(("table", "asked"), list(in_line_cases()))
 def test_match_in_line_is_match_rows(table, asked):
     place = {tuple(row): i for i, row in reversed(list(enumerate(table)))}
     want = [place.get(tuple(row), len(table)) for row in asked]
-    assert jax.jit(keys.match_in_line)(jnp.array(table), jnp.array(asked)).tolist() == want
+    assert jax.jit(match.match_in_line)(jnp.array(table), jnp.array(asked)).tolist() == want
