@@ -164,7 +164,9 @@ def measure(nse: int) -> list[dict[str, Any]]:
     rows = []
     for op in dict.fromkeys(op for steps in peers.values() for op in steps):
         steps = {name: known[op] for name, known in peers.items() if op in known}
-        times = harness.interleaved_ms(steps, repeats=5 if nse > 100_000 else 31, warmup=2)
+        times = harness.interleaved_ms(
+            steps, repeats=3 if nse > 100_000 else 21, warmup=1, in_a_row=3 if nse > 100_000 else 10
+        )
         own = times.get("jaxaccum")
         row: dict[str, Any] = {"nse": nse, "op": op}
         row |= {f"{name} ms": round(ms, 4) for name, ms in times.items()}

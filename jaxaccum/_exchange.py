@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum._row_index import NOWHERE, rank_true
+from jaxaccum._counting import as_words, count_before, rank_in_words
+from jaxaccum._row_index import NOWHERE
 from jaxaccum._state import AccumulatorState, Verdict
 
 AxisName = Hashable | tuple[Hashable, ...]
@@ -179,24 +180,18 @@ _BITMAP_ROWS_PER_ID = 128
 def _ranks_in_bitmap(ids: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     """How many distinct ids lie below each, NOWHERE for NOWHERE; and how many there are in all."""
     num_words = max(-(-rows // 32), 1)
-    is_held = jnp.zeros(32 * num_words, jnp.uint8).at[ids].set(1, mode="drop")
-    lane = jnp.arange(32, dtype=jnp.uint32)[None, :]
-    bits = is_held.reshape(num_words, 32).astype(jnp.uint32) << lane
-    words = jnp.sum(bits, axis=1, dtype=jnp.uint32)
-    counts = jax.lax.population_count(words).astype(jnp.int32)
-    ends = jnp.cumsum(counts)
-    word, bit = ids >> 5, (ids & 31).astype(jnp.uint32)
-    below = words.at[word].get(mode="fill", fill_value=0) & ((jnp.uint32(1) << bit) - 1)
-    rank = (ends - counts).at[word].get(mode="fill", fill_value=0)
-    rank += jax.lax.population_count(below).astype(jnp.int32)
-    return jnp.where(ids == NOWHERE, NOWHERE, rank), ends[-1]
+    is_held = jnp.zeros(32 * num_words, bool).at[ids].set(True, mode="drop")
+    words = as_words(is_held)
+    num_held = jnp.sum(jax.lax.population_count(words), dtype=jnp.int32)
+    return jnp.where(ids == NOWHERE, NOWHERE, rank_in_words(words, ids)), num_held
 
 
 def _distinct(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """The lowest ``size`` distinct ids, ascending, NOWHERE last; and how many there are in all."""
     ids = jnp.sort(ids)
     is_first = (ids != NOWHERE) & jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]])
-    rank, num_distinct = rank_true(is_first)
+    before = count_before(is_first)
+    rank, num_distinct = before[:-1], before[-1]
     empty = jnp.full(size, NOWHERE, jnp.int32)
     place = jnp.where(is_first, rank, NOWHERE)
     return empty.at[place].set(ids, mode="drop"), num_distinct
@@ -222,7 +217,8 @@ def _exchange_dense(
 
     values, counts = total(state.values), total(state.counts)
     is_row = counts > 0
-    slot, num_rows = rank_true(is_row)
+    before = count_before(is_row)
+    slot, num_rows = before[:-1], before[-1]
     size = min(state.capacity, rows)
     slot = jnp.where(is_row & (slot < size), slot, NOWHERE)
     every_row = jnp.arange(num_devices * share, dtype=jnp.int32)

@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxaccum import _accumulator, _slices
+from jaxaccum._counting import count_before
 from jaxaccum._exchange import AxisName, all_gather, all_to_all, axis_size
-from jaxaccum._row_index import NOWHERE, Claim, DirectMap, rank_true
+from jaxaccum._row_index import NOWHERE, Claim, DirectMap
 from jaxaccum._slices import IndexedSlices
 from jaxaccum._state import AccumulatorState, Verdict, as_int32
 
@@ -165,8 +166,8 @@ def _route(ids: jax.Array, shard_length: int, num_devices: int, bucket: int | No
         raise ValueError(f"bucket must be at least 1, got {bucket}")
     owner = ids // max(shard_length, 1)
     is_owner = owner[None, :] == jnp.arange(num_devices, dtype=jnp.int32)[:, None]
-    ranks, sent = jax.vmap(rank_true)(is_owner & (ids != NOWHERE)[None, :])
-    rank = jnp.sum(jnp.where(is_owner, ranks, 0), axis=0, dtype=jnp.int32)
+    before = jax.vmap(count_before)(is_owner & (ids != NOWHERE)[None, :])
+    rank = jnp.sum(jnp.where(is_owner, before[:, :-1], 0), axis=0, dtype=jnp.int32)
     place = jnp.where((ids != NOWHERE) & (rank < bucket), owner * bucket + rank, NOWHERE)
     position = jnp.arange(ids.shape[0], dtype=jnp.int32)
     source = jnp.full(num_devices * bucket, NOWHERE, jnp.int32).at[place].set(position, mode="drop")
@@ -174,7 +175,7 @@ def _route(ids: jax.Array, shard_length: int, num_devices: int, bucket: int | No
         local_ids=ids - owner * shard_length,
         place=place,
         source=source.reshape(num_devices, bucket),
-        fits=jnp.all(sent <= bucket),
+        fits=jnp.all(before[:, -1] <= bucket),
     )
 
 

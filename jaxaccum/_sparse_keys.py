@@ -1,4 +1,4 @@
-"""Rows of indices as integer keys: folding, counting and sorted search.
+"""Rows of indices as integer keys: folding and sorted search.
 
 Everything here is integer structure; no gradient flows through this room. ``n`` rows of ``d``
 columns become *words*: a tuple of unsigned vectors ``[n]`` that compare, word by word, as the rows
@@ -27,9 +27,6 @@ _DIRECTORY_FROM = 4096
 _PER_BUCKET = 8
 # Rows that the bounds of a directory are compared with first: five rounds in one pass.
 _PIVOTS = 32
-# Numbers summed up in one step. XLA's cumsum, whose steps end up inside what reads it, takes five
-# times as long at 65,536 and 1M; 8, 16, 32 and 64 are about equal, 16 the best at 65,536.
-_LANES = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,29 +148,6 @@ def starts_group(words: Words) -> jax.Array:
     """Which rows of sorted ``words`` differ from the row before them."""
     differs = ~equal(tuple(w[1:] for w in words), tuple(w[:-1] for w in words))
     return jnp.concatenate([jnp.ones(min(1, words[0].shape[0]), bool), differs])
-
-
-def count_before(mask: jax.Array) -> jax.Array:
-    """Returns how many of ``mask`` ``[n]`` are true before each position, and in all."""
-    (size,) = mask.shape
-    below = (jnp.uint32(1) << jnp.arange(32, dtype=jnp.uint32)[None]) - 1
-    bits = jnp.pad(mask, (0, 32 - size % 32)).reshape(-1, 32)
-    words = jnp.sum(jnp.where(bits, below + 1, 0), axis=1, dtype=jnp.uint32)
-    count = lax.population_count(words[:, None] & below).astype(jnp.int32)
-    before = sum_before(lax.population_count(words).astype(jnp.int32))
-    return (before[:, None] + count).reshape(-1)[: size + 1]
-
-
-def sum_before(counts: jax.Array) -> jax.Array:
-    """Returns the sum of what comes before each of ``counts`` ``[n]``."""
-    (size,) = counts.shape
-    lane = np.arange(_LANES)
-    rows = jnp.pad(counts, (0, -size % _LANES)).reshape(-1, _LANES)
-    is_before = (lane[:, None] < lane[None])[None]
-    before = jnp.sum(jnp.where(is_before, rows[:, :, None], 0), axis=1, dtype=counts.dtype)
-    if len(rows) > 1:
-        before += sum_before(jnp.sum(rows, axis=1, dtype=counts.dtype))[:, None]
-    return before.reshape(-1)[:size]
 
 
 def lower_bound(table: Words, queries: Words, largest: int | jax.Array) -> jax.Array:

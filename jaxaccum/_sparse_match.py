@@ -10,6 +10,7 @@ import numpy as np
 from jax import lax
 
 from jaxaccum import _sparse_keys as keys
+from jaxaccum._counting import count_before
 
 
 def match_rows(table: jax.Array, *queries: jax.Array) -> tuple[jax.Array, ...]:
@@ -82,7 +83,7 @@ def match_in_line(table: jax.Array, queries: jax.Array) -> jax.Array:
         return match_rows(table, queries)[0]
     low, high = _box(table)
     inside = jnp.all((queries >= low) & (queries <= high), axis=1)
-    before = keys.count_before(inside)
+    before = count_before(inside)
     guess = jnp.minimum(before[:-1], num_rows - 1)
     same = jnp.all(keys.take(table, guess) == queries, axis=1)
     rows = _columns(table)

@@ -15,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from jaxaccum import _sparse_keys as keys
+from jaxaccum._counting import count_before
 
 
 class Flags(NamedTuple):
@@ -102,7 +103,7 @@ def place_add(
     total = jnp.where(a_matched, a.values + keys.take_or_zero(b.values, a_in_b), a.values)
     keep_a = a.live if limit is None else a.live & ~(a_matched & ~_reaches(total, limit))
     keep_b = b.live & ~b_matched
-    before_a, before_b = keys.count_before(keep_a), keys.count_before(keep_b)
+    before_a, before_b = count_before(keep_a), count_before(keep_b)
     nowhere = max(spec.nse, len(a_data) + len(b_data))
     place_a = jnp.where(keep_a, before_a[:-1] + keys.take(before_b, a_in_b), nowhere)
     place_b = jnp.where(keep_b, before_b[:-1] + keys.take(before_a, b_in_a), nowhere)
@@ -191,13 +192,13 @@ def place_slice(spec: SliceSpec, data: jax.Array, indices: jax.Array, window: Wi
     nowhere = max(spec.nse, len(data))
 
     def in_line(starts: jax.Array) -> tuple[jax.Array, jax.Array]:
-        before = keys.count_before(starts)
+        before = count_before(starts)
         return jnp.where(inside, before[1:] - 1, nowhere), before[-1]
 
     def rank(out: keys.KeyLayout) -> tuple[jax.Array, jax.Array]:
         words, _ = out.fold(jnp.where(inside[:, None], indices - shift, past_end))
         ranked, slot = keys.sort_rows(words, out.padding[0])
-        before = keys.count_before(keys.starts_group(ranked) & ~out.is_padding(ranked))
+        before = count_before(keys.starts_group(ranked) & ~out.is_padding(ranked))
         return jnp.where(inside, keys.take(before, slot), nowhere), before[-1]
 
     if spec.layouts is None:

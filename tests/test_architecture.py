@@ -19,6 +19,7 @@ SOURCES = sorted(PACKAGE.glob("*.py"))
 ORDER = [
     "_slices",
     "_tables",
+    "_counting",
     "_row_index",
     "_state",
     "_reduction",

@@ -26,13 +26,6 @@ def test_search_agrees_with_numpy(num_rows):
             np.testing.assert_array_equal(found, np.searchsorted(table, asked))
 
 
-@pytest.mark.parametrize("size", [1, 16, 17, 256, 4097])
-def test_sum_before_agrees_with_numpy(size):
-    counts = np.random.default_rng(size).integers(-9, 9, size).astype(np.int32)
-    want = np.concatenate([[0], np.cumsum(counts)])[:-1]
-    np.testing.assert_array_equal(keys.sum_before(jnp.array(counts)), want)
-
-
 @pytest.mark.parametrize("far", [0, 2**31 - 8])  # one word, and a box of more than 2**32 cells
 def test_match_rows_takes_the_first_of_equal_rows(far):
     table = np.array([[5, 1], [-3, 2], [5, 1], [-2, 7], [-3, 2 + far], [far, -far]], np.int32)
@@ -41,13 +34,6 @@ def test_match_rows_takes_the_first_of_equal_rows(far):
     want = [place.get(tuple(row), 6) for row in asked.tolist()]
     (found,) = match.match_rows(jnp.array(table), jnp.array(asked, jnp.int32))
     assert found.tolist() == want
-
-
-@pytest.mark.parametrize("size", [0, 1, 31, 32, 511, 512, 5000])
-def test_count_before_agrees_with_numpy(size):
-    mask = np.random.default_rng(size).random(size) < 0.5
-    want = np.concatenate([[0], np.cumsum(mask)])
-    np.testing.assert_array_equal(keys.count_before(jnp.array(mask)), want)
 
 
 @pytest.mark.parametrize("far", [0, 2**31 - 8])
