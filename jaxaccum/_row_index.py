@@ -40,7 +40,6 @@ class Bid(NamedTuple):
       is_first: bool ``[n]``, as in `Claim`.
       rank: int32 ``[n]``, how many of ``is_first`` come before.
       num_new: int32 ``[]``, how many rows are new.
-      is_placed: bool ``[]``, whether each id has a position.
     """
 
     ids: jax.Array
@@ -48,11 +47,10 @@ class Bid(NamedTuple):
     is_first: jax.Array
     rank: jax.Array
     num_new: jax.Array
-    is_placed: jax.Array
 
     def fits(self, num_rows: jax.Array, capacity: int) -> jax.Array:
         """Whether there is room for the new rows beside the ``num_rows`` held."""
-        return self.is_placed & (num_rows + self.num_new <= capacity)
+        return num_rows + self.num_new <= capacity
 
 
 class Claim(NamedTuple):
@@ -93,8 +91,7 @@ class DirectMap:
         winner = bids.at[ids].get(mode="fill", fill_value=NOWHERE)
         is_first = winner == bid
         before = count_before(is_first)
-        bid_all = Bid(ids, winner, is_first, before[:-1], before[-1], jnp.bool_(True))
-        return DirectMap(bids), bid_all
+        return DirectMap(bids), Bid(ids, winner, is_first, before[:-1], before[-1])
 
     def settle(
         self, bid: Bid, num_rows: jax.Array, capacity: int, fits: jax.Array
@@ -169,9 +166,9 @@ class HashTable:
 
     def bid(self, ids: jax.Array, capacity: int) -> tuple[HashTable, Bid]:
         """Enters ids, and tells how many rows are new; `settle` must follow."""
-        keys, place, is_placed = _insert(self.keys, ids, capacity)
+        keys, place = _insert(self.keys, ids, capacity)
         places, bid = self.places.bid(place, capacity)
-        return HashTable(keys, places), bid._replace(is_placed=is_placed)
+        return HashTable(keys, places), bid
 
     def settle(
         self, bid: Bid, num_rows: jax.Array, capacity: int, fits: jax.Array
@@ -228,13 +225,12 @@ def _advance(place: jax.Array, step: jax.Array, num_places: int) -> jax.Array:
 _Probe = tuple[jax.Array, jax.Array, jax.Array]  # keys; place and "still probing" of each id
 
 
-def _insert(
-    keys: jax.Array, ids: jax.Array, capacity: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Enters ids into the table: new keys, place of each id, and whether all have found one.
+def _insert(keys: jax.Array, ids: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """Enters ids into the table: new keys, and the place of each id.
 
     A gradient with more rows than the table has places would fill it and probe on for ever; where
-    the shapes do not rule that out, probing stops once more than ``capacity`` keys are in.
+    the shapes do not rule that out, probing stops once more than ``capacity`` keys are in. Ids may
+    then be without a place, but those that have one are too many already.
     """
     num_places = keys.shape[0]
     first, step = _probe_sequence(ids, num_places)
@@ -259,7 +255,7 @@ def _insert(
     # ids both, as the carry of a loop under `jax.shard_map` must from the start.
     start = probe((keys, first, ids != NOWHERE))
     keys, place, active = jax.lax.while_loop(unfinished, probe, start)
-    return keys, jnp.where((ids == NOWHERE) | active, NOWHERE, place), ~jnp.any(active)
+    return keys, jnp.where((ids == NOWHERE) | active, NOWHERE, place)
 
 
 def _find(keys: jax.Array, ids: jax.Array) -> jax.Array:

@@ -127,6 +127,7 @@ def test_the_inner_state_rests_until_enough_gradients_have_come():
     [
         (Verdict.OVERFLOW, {"users": np.arange(13)}),
         (Verdict.INVALID, {"items": [1, ROWS + 1]}),
+        (Verdict.INVALID, {"users": [1, 2 * ROWS + 1]}),
         (Verdict.INVALID, {"items": [1, -1], "users": np.arange(13)}),
         (Verdict.STALE, {"items": [1, -1]}),
     ],
@@ -152,6 +153,18 @@ def test_a_gradient_that_is_refused_changes_nothing(verdict, bad):
         return dataclasses.replace(state, sums=sums, verdict=0, verdict_counts=0)
 
     assert_same(without_counts(after), without_counts(state))
+
+
+@pytest.mark.parametrize("full", ["items", "users"])
+def test_any_of_several_tables_may_be_the_one_that_is_full(full):
+    tx, params = make(capacity={"bias": None, "items": 12, "users": 12} | {full: 3}), make_params()
+    update = jax.jit(tx.update)
+    _, state = update(make_grads(0, items=[0, 1], users=[0, 1]), tx.init(params), params)
+    _, after = update(make_grads(1, items=[2, 3], users=[2, 3]), state, params)
+    assert after.verdict == Verdict.OVERFLOW
+    for name in ("items", "users"):
+        assert after.sums[name].num_rows == 2
+        assert_same(after.sums[name].row_index, state.sums[name].row_index)
 
 
 def test_capacity_is_exact_over_gradients_and_frees_after_a_step():
