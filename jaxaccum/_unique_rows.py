@@ -65,6 +65,7 @@ def sum_duplicates(grad: IndexedSlices) -> IndexedSlices:
 
     Raises:
       TypeError: ``grad`` does not hold integer indices.
+      ValueError: ranks or lengths do not fit together, or ids do not fit int32.
 
     Example:
       >>> import jax.numpy as jnp, jaxaccum
@@ -79,7 +80,8 @@ def sum_duplicates(grad: IndexedSlices) -> IndexedSlices:
     is_padding = grad.indices == grad.padding_index
     wide = jnp.expand_dims(is_padding, tuple(range(1, grad.values.ndim)))
     values = jnp.where(wide, jnp.zeros((), grad.values.dtype), grad.values)
-    return unique_rows(IndexedSlices(grad.indices.astype(jnp.int32), values, grad.dense_shape))
+    # Wide indices stay wide: an id that does not fit int32 must not become one that does.
+    return unique_rows(IndexedSlices(grad.indices, values, grad.dense_shape))
 
 
 def unique_rows(slices: IndexedSlices) -> IndexedSlices:
@@ -119,7 +121,7 @@ def _sum_duplicates(slices: IndexedSlices) -> IndexedSlices:
     indices, order = jax.lax.sort((slices.indices, positions), num_keys=1, is_stable=True)
     first = jnp.concatenate([jnp.ones((1,), bool), indices[1:] != indices[:-1]])
     segment = jnp.cumsum(first.astype(jnp.int32)) - 1
-    unique = jnp.full((num,), padding, jnp.int32).at[segment].set(indices)
+    unique = jnp.full((num,), padding, indices.dtype).at[segment].set(indices)
     values = slices.values.astype(sum_dtype(slices.values.dtype))
     if jnp.issubdtype(values.dtype, jnp.integer):  # the order makes no difference
         sums = _add_where_they_lie(values, order, segment)

@@ -76,6 +76,21 @@ def test_invalid_rows_are_still_refused():
         assert verdict == jaxaccum.Verdict.INVALID
 
 
+def test_wide_ids_do_not_become_others():
+    with jax.enable_x64(True):
+        state = jaxaccum.init((ROWS, 2, 3), capacity=ROWS)
+        grad = slices(0)
+        wide = grad.indices.astype(jnp.int64).at[5].set(2**32 + 1)  # 1, were it cut to 32 bits
+
+        @jax.jit
+        def apply(indices):
+            each = jaxaccum.IndexedSlices(indices, grad.values, grad.dense_shape)
+            return jaxaccum.apply(state, jaxaccum.sum_duplicates(each))[1]
+
+        assert apply(wide) == jaxaccum.Verdict.INVALID
+        assert apply(wide.at[5].set(1)) == jaxaccum.Verdict.ACCEPTED
+
+
 def test_accumulating_unique_rows_changes_no_count():
     grad = slices(3)
     state = jaxaccum.init(grad.dense_shape, capacity=ROWS)
