@@ -161,18 +161,21 @@ def measure(nse: int) -> list[dict[str, Any]]:
         "jax.experimental.sparse": jax_steps(a, b, rng),
         "tensorflow": tensorflow_steps(a, b),
     }
+    is_long = nse > 100_000
+    turns = {"repeats": 3 if is_long else 21, "in_a_row": 3 if is_long else 10}
     rows = []
     for op in dict.fromkeys(op for steps in peers.values() for op in steps):
         steps = {name: known[op] for name, known in peers.items() if op in known}
-        times = harness.interleaved_ms(
-            steps, repeats=3 if nse > 100_000 else 21, warmup=1, in_a_row=3 if nse > 100_000 else 10
-        )
-        own = times.get("jaxaccum")
         row: dict[str, Any] = {"nse": nse, "op": op}
-        row |= {f"{name} ms": round(ms, 4) for name, ms in times.items()}
-        row |= {
-            f"{n} / own": round(ms / own, 2) for n, ms in times.items() if own and n != "jaxaccum"
-        }
+        for wait_each, ending in [(True, ""), (False, ", in a row")]:
+            times = harness.interleaved_ms(steps, warmup=1, wait_each=wait_each, **turns)
+            own = times.get("jaxaccum")
+            row |= {f"{name} ms{ending}": round(ms, 4) for name, ms in times.items()}
+            row |= {
+                f"{n} / own{ending}": round(ms / own, 2)
+                for n, ms in times.items()
+                if own and n != "jaxaccum"
+            }
         rows.append(row)
     return rows
 
@@ -183,5 +186,6 @@ if __name__ == "__main__":
         "sparse_ops",
         [row for nse in sizes for row in measure(nse)],
         note="Medians of one process, peers in turns. jax.experimental.sparse 'slice' includes "
-        "bcoo_sum_duplicates, without which its result is neither sorted nor unique.",
+        "bcoo_sum_duplicates, without which its result is neither sorted nor unique. 'In a row': "
+        "ten calls (three of the largest) one after the other and a single wait for the last.",
     )

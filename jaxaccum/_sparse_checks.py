@@ -223,8 +223,8 @@ def _start(start: Any, rank: int) -> Any:
     return start if isinstance(start, jax.core.Tracer) else np.asarray(start)
 
 
-def shifted(rows: jax.Array, start: Any, out: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the rows of a slice's output as its input counts them, and those of the input."""
+def cut_from(rows: jax.Array, start: Any, out: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the rows of a slice's input, where it started and its output, in one dtype."""
     if len(out) > len(rows):
         raise ValueError(
             "output_indices must not have more rows than input_indices, "
@@ -238,9 +238,7 @@ def shifted(rows: jax.Array, start: Any, out: jax.Array) -> tuple[jax.Array, jax
             f"input_start must have {rows.shape[1]} entries, one a column of input_indices, "
             f"got {start.shape[0]}"
         )
-    rows, start, out = same_dtype(rows, start, out)
-    # There are fewer of the output. Where this wraps, the rows it is compared with are as far off.
-    return out + start[None], rows
+    return same_dtype(rows, start, out)
 
 
 def all_propagated(num_used: jax.Array, num_given: int) -> None:

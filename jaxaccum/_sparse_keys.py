@@ -134,14 +134,17 @@ def at(words: Words, positions: jax.Array) -> Words:
 
 def take(vector: jax.Array, positions: jax.Array) -> jax.Array:
     """Returns ``vector[positions]``; the caller vouches for the bounds."""
-    return vector.at[positions].get(mode="promise_in_bounds")
+    return vector.at[positions].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def take_or_zero(array: jax.Array, positions: jax.Array) -> jax.Array:
-    """Returns ``array[positions]``, zeros for positions past the end."""
-    if array.shape[0] == 0:  # XLA gathers nothing from nothing
-        return jnp.zeros((*positions.shape, *array.shape[1:]), array.dtype)
-    return array.at[positions].get(mode="fill", fill_value=0)
+    """Returns ``array[positions]``, zeros for the position past the end; there are no others.
+
+    A zero behind the array and nothing to compute: on a CPU, JAX runs a program that only moves
+    data where it is called, one that compares 65,536 positions on another thread (18 us and 70).
+    """
+    zero = jnp.zeros((1, *array.shape[1:]), array.dtype)
+    return take(jnp.concatenate([array, zero]), positions)
 
 
 def starts_group(words: Words) -> jax.Array:
@@ -164,7 +167,7 @@ def lower_bounds(table: Words, largest: int | jax.Array, *queries: Words) -> tup
 
     Args:
       table: ``[n]``, sorted; repetitions are allowed.
-      largest: an upper bound of the first word of all.
+      largest: an upper bound of the first word in ``table``.
       *queries: ``[m]`` each, in any order.
 
     Returns:
@@ -189,24 +192,26 @@ def _halve_all(table: Words, queries: Words) -> jax.Array:
 
     start = jnp.zeros(queries[0].shape, jnp.int32)
     found: jax.Array = lax.fori_loop(0, levels, halve, start)
-    return found
+    return jnp.minimum(found, num_rows)
 
 
 def _halve_from(table: Words, queries: Words, first: jax.Array, widest: jax.Array) -> jax.Array:
     """Binary search in the ``widest`` rows from ``first`` on; before ``first`` all are smaller."""
     step = jnp.int32(1) << (31 - lax.clz(jnp.maximum(widest, 1)))
-    return lax.while_loop(
-        lambda carry: carry[0] > 0,
-        lambda carry: (carry[0] >> 1, _halve(table, queries, carry[1], carry[0])),
-        (step, first),
-    )[1]
+    found, _ = lax.while_loop(
+        lambda carry: carry[1] > 0,
+        lambda carry: (_halve(table, queries, *carry), carry[1] >> 1),
+        (first, step),
+    )
+    return jnp.minimum(found, table[0].shape[0])
 
 
 def _halve(table: Words, queries: Words, found: jax.Array, step: jax.Array) -> jax.Array:
-    """One round of binary search: ``step`` rows on, where the row before still is too small."""
-    probe = found + (step - 1)
-    is_right = (probe < table[0].shape[0]) & less(at(table, probe), queries)
-    return jnp.where(is_right, found + step, found)
+    """One round of binary search: ``step`` rows on, where the row before still is too small.
+
+    Rows past the end are taken for the last one, so that what is found may lie past the end.
+    """
+    return jnp.where(less(at(table, found + (step - 1)), queries), found + step, found)
 
 
 def _strides(table: Words, queries: Words) -> _Stretch:
@@ -230,7 +235,8 @@ def _directory(table: jax.Array, largest: int | jax.Array) -> Callable[[jax.Arra
     widest = jnp.max(jnp.diff(starts, append=jnp.int32(num_rows)))
 
     def bucket_of(queries: jax.Array) -> _Stretch:
-        return take(starts, (queries >> shift).astype(jnp.int32)), widest
+        bucket = jnp.minimum(queries >> shift, 2**bits - 1).astype(jnp.int32)
+        return take(starts, bucket), widest
 
     return bucket_of
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +11,44 @@ from jax import lax
 
 from jaxaccum import _sparse_keys as keys
 from jaxaccum._counting import count_before
+
+
+class _Box(NamedTuple):
+    """The least box that holds a matrix of indices.
+
+    ``low`` is its first corner, ``[1, d]``; ``reach`` how far off the last one is, unsigned.
+    """
+
+    low: jax.Array
+    reach: jax.Array
+
+    def contains(self, rows: jax.Array) -> jax.Array:
+        return jnp.all(self.offsets(rows) <= self.reach, axis=1)
+
+    def offsets(self, rows: jax.Array) -> jax.Array:
+        # Unsigned differences are right even where the signed ones would overflow, and what lies
+        # below the corner is beyond the reach.
+        return rows.astype(self.reach.dtype) - self.low.astype(self.reach.dtype)
+
+    def can_fold(self) -> jax.Array:
+        """Whether a word holds the keys of all cells, and one more."""
+        cells = jnp.prod(self.reach.astype(jnp.float32) + 1)
+        # A margin for the rounding of the product; columns as words are never wrong.
+        return cells < 0.99 * 2.0 ** (8 * self.reach.dtype.itemsize)
+
+    def outside(self) -> jax.Array:
+        """The key of all rows outside of the box, the largest."""
+        return self._fold(self.reach)[0] + 1
+
+    def fold(self, rows: jax.Array) -> jax.Array:
+        """Returns the keys ``[n]`` of rows, which compare as they do."""
+        return jnp.where(self.contains(rows), self._fold(self.offsets(rows)), self.outside())
+
+    def _fold(self, offsets: jax.Array) -> jax.Array:
+        key = offsets[:, 0]
+        for column in range(1, offsets.shape[1]):
+            key = key * (self.reach[:, column] + 1) + offsets[:, column]
+        return key
 
 
 def match_rows(table: jax.Array, *queries: jax.Array) -> tuple[jax.Array, ...]:
@@ -31,37 +69,60 @@ def match_rows(table: jax.Array, *queries: jax.Array) -> tuple[jax.Array, ...]:
     if num_rows == 0 or num_columns == 0:
         # Nowhere, which is position k = 0, or the first of all equal rows.
         return tuple(jnp.zeros(q.shape[:1], jnp.int32) for q in queries)
-    low, high = _box(table)
-    word = np.dtype(f"uint{8 * table.dtype.itemsize}")
+    box = _box(table)
+    return _match(box, [box.fold(rows) for rows in (table, *queries)], table, *queries)
 
-    def shifted(rows: jax.Array) -> jax.Array:
-        # Unsigned differences are right even where the signed ones would overflow. What lies
-        # outside the box may be any row of it: it is masked at the end.
-        inside = (rows >= low) & (rows <= high)
-        return jnp.where(inside, rows.astype(word) - low.astype(word), 0)
 
-    spread = shifted(high)[0]
-    cells = jnp.prod(spread.astype(jnp.float32) + 1)
-    # A margin for the rounding of the product; beyond it two words are never wrong.
-    fits = cells < 0.99 * 2.0 ** (8 * word.itemsize)
-    fold = functools.partial(_fold_box, spread)
-    all_rows = (table, *queries)
-    # Each branch folds for itself: what is folded before is written to memory and read again.
-    found = lax.cond(
-        fits & keys.ascends(_columns(table)),
-        lambda: _find_sorted(fold(spread[None])[0][0], *(fold(shifted(r)) for r in all_rows)),
-        lambda: lax.cond(
-            fits,
-            lambda: _find(fold(spread[None])[0][0], *(fold(shifted(r)) for r in all_rows)),
-            lambda: _find(spread[0], *(_columns(shifted(r)) for r in all_rows)),
-        ),
+def match_in_line(table: jax.Array, queries: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Returns what ``match_rows`` does, at a glance where the rows come in the table's order.
+
+    The guess: the n-th query inside the box that holds the table is its n-th row. Comparing tells;
+    if all of them are and no row of the table repeats, no query can have another place.
+
+    Returns:
+      int32 ``[n]``, and how many rows of the table were found.
+    """
+    num_rows, num_columns = table.shape
+    if num_rows == 0 or num_columns == 0:
+        return match_rows(table, queries)[0], jnp.int32(min(num_rows, len(queries), 1))
+    box = _box(table)
+    folded = key, query = [box.fold(rows) for rows in (table, queries)]
+    inside = box.contains(queries)
+    before = count_before(inside)
+    guess, num_inside = before[:-1], before[-1]
+    (guessed,) = keys.at((key,), guess)
+    is_right = jnp.all((guessed == query) | ~inside) & (num_inside <= num_rows)
+
+    def by_value() -> tuple[jax.Array, jax.Array]:
+        (found,) = _match(box, folded, table, queries)
+        is_found = jnp.zeros(num_rows, bool).at[found].set(True, mode="drop")
+        return found, jnp.sum(is_found, dtype=jnp.int32)
+
+    return lax.cond(
+        is_right & jnp.all(key[:-1] < key[1:]) & box.can_fold(),
+        lambda: (jnp.where(inside, guess, num_rows), num_inside),
+        by_value,
     )
-    inside = (jnp.all((q >= low) & (q <= high), axis=1) for q in queries)
-    return tuple(jnp.where(ok, f, num_rows) for ok, f in zip(inside, found, strict=True))
 
 
-def _box(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Returns the least and the largest of each column, ``[1, d]``: a pass, not two of ``min``."""
+def _match(
+    box: _Box, folded: list[jax.Array], table: jax.Array, *queries: jax.Array
+) -> tuple[jax.Array, ...]:
+    """``match_rows``, given the keys of all rows, which mean something if ``box.can_fold()``."""
+    words = [(key,) for key in folded]
+
+    return lax.switch(
+        jnp.where(box.can_fold(), jnp.where(keys.ascends(words[0]), 0, 1), 2),
+        [
+            lambda: _find_sorted(box.outside(), *words),
+            lambda: _find(box.outside(), *words),
+            lambda: _find(box.reach[0, 0], *(_columns(box.offsets(r)) for r in (table, *queries))),
+        ],
+    )
+
+
+def _box(rows: jax.Array) -> _Box:
+    """The box that holds ``rows``: one pass over them, not two of ``min``."""
     most = np.iinfo(rows.dtype)
     low, high = lax.reduce(
         (rows, rows),
@@ -69,39 +130,8 @@ def _box(rows: jax.Array) -> tuple[jax.Array, jax.Array]:
         lambda a, b: (lax.min(a[0], b[0]), lax.max(a[1], b[1])),
         (0,),
     )
-    return low[None], high[None]
-
-
-def match_in_line(table: jax.Array, queries: jax.Array) -> jax.Array:
-    """Returns what ``match_rows`` does, at a glance where the rows come in the table's order.
-
-    The guess: the n-th query inside the box that holds the table is its n-th row. Comparing tells;
-    if all of them are and no row of the table repeats, no query can have another place.
-    """
-    num_rows, num_columns = table.shape
-    if num_rows == 0 or num_columns == 0:
-        return match_rows(table, queries)[0]
-    low, high = _box(table)
-    inside = jnp.all((queries >= low) & (queries <= high), axis=1)
-    before = count_before(inside)
-    guess = jnp.minimum(before[:-1], num_rows - 1)
-    same = jnp.all(keys.take(table, guess) == queries, axis=1)
-    rows = _columns(table)
-    rises = keys.less(tuple(w[:-1] for w in rows), tuple(w[1:] for w in rows))
-    is_right = jnp.all(same | ~inside) & jnp.all(rises)
-    found: jax.Array = lax.cond(
-        is_right,
-        lambda: jnp.where(inside, guess, num_rows),
-        lambda: match_rows(table, queries)[0],
-    )
-    return found
-
-
-def _fold_box(spread: jax.Array, rows: jax.Array) -> keys.Words:
-    key = rows[:, 0]
-    for column in range(1, rows.shape[1]):
-        key = key * (spread[column] + 1) + rows[:, column]
-    return (key,)
+    word = np.dtype(f"uint{8 * rows.dtype.itemsize}")
+    return _Box(low[None], high[None].astype(word) - low[None].astype(word))
 
 
 def _columns(rows: jax.Array) -> keys.Words:

@@ -280,15 +280,20 @@ def sparse_slice_grad(
     """
     named = {"input_indices": input_indices, "output_indices": output_indices}
     grad, (rows, out) = checks.grad_and_rows(backprop_val_grad, named)
-    found = _match_in_line(*checks.shifted(rows, input_start, out))
-    checks.all_propagated(_count_used(found, grad), len(grad))
+    found, num_used = _match_slice(*checks.cut_from(rows, input_start, out))
+    checks.all_propagated(num_used, len(grad))
     val_grad: jax.Array = _pull(grad, found)
     return val_grad
 
 
 # Compiled apart from the gathers, so that a new dtype of the gradient compiles no new search.
 _match = jax.jit(match.match_rows)
-_match_in_line = jax.jit(match.match_in_line)
+
+
+@jax.jit
+def _match_slice(rows: jax.Array, start: jax.Array, out: jax.Array) -> tuple[jax.Array, jax.Array]:
+    # There are fewer of the output. Where this wraps, the rows it is compared with are as far off.
+    return match.match_in_line(out + start[None], rows)
 
 
 @jax.jit
@@ -296,12 +301,6 @@ def _pull(grad: jax.Array, place: jax.Array) -> jax.Array:
     """The transposed map: every entry fetches the gradient of its place, zero where it has none."""
     # A pullback may be handed a NumPy array.
     return keys.take_or_zero(jnp.asarray(grad), place)
-
-
-@jax.jit
-def _count_used(found: jax.Array, grad: jax.Array) -> jax.Array:
-    used = jnp.zeros(grad.shape, bool).at[found].set(True, mode="drop")
-    return jnp.sum(used, dtype=jnp.int32)
 
 
 def _spread(nse: int, placed: places.Placed, values: tuple[jax.Array, ...]) -> jax.Array:

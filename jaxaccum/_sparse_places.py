@@ -1,7 +1,7 @@
 """Where each stored entry of the operands lands in the result of a sparse add or slice.
 
 Pure structure over plain arrays, compiled once a layout. *Places* are positions in the result;
-an entry that has none gets a place past its end, which scatters drop and gathers fill with zero.
+an entry that has none gets the place past its end, which scatters drop and gathers fill with zero.
 """
 
 from __future__ import annotations
@@ -100,13 +100,15 @@ def place_add(
     b = _operand(spec.layout, spec.b, b_data, b_indices)
     a_in_b, a_matched = _search(spec.layout, b, a)
     b_in_a, b_matched = _search(spec.layout, a, b)
-    total = jnp.where(a_matched, a.values + keys.take_or_zero(b.values, a_in_b), a.values)
+    total = a.values
+    if len(b_data):
+        (b_values,) = keys.at((b.values,), a_in_b)
+        total = jnp.where(a_matched, a.values + b_values, a.values)
     keep_a = a.live if limit is None else a.live & ~(a_matched & ~_reaches(total, limit))
     keep_b = b.live & ~b_matched
     before_a, before_b = count_before(keep_a), count_before(keep_b)
-    nowhere = max(spec.nse, len(a_data) + len(b_data))
-    place_a = jnp.where(keep_a, before_a[:-1] + keys.take(before_b, a_in_b), nowhere)
-    place_b = jnp.where(keep_b, before_b[:-1] + keys.take(before_a, b_in_a), nowhere)
+    place_a = _place(keep_a, before_a[:-1] + keys.take(before_b, a_in_b), spec.nse)
+    place_b = _place(keep_b, before_b[:-1] + keys.take(before_a, b_in_a), spec.nse)
     data = jnp.zeros(spec.nse, total.dtype)
     data = data.at[place_a].set(total, mode="drop").at[place_b].set(b.values, mode="drop")
     words = [
@@ -116,7 +118,10 @@ def place_add(
         for pad, wa, wb in zip(spec.layout.padding, a.words, b.words, strict=True)
     ]  # fmt: skip
     # An entry of b that a has too lies where a's does, or nowhere if their sum was dropped.
-    goes_b = jnp.where(b_matched, keys.take_or_zero(place_a, b_in_a), place_b)
+    goes_b = place_b
+    if len(a_data):
+        (goes_a,) = keys.at((place_a,), b_in_a)
+        goes_b = jnp.where(b_matched, goes_a, place_b)
     places = _from_slots(place_a, a.slot), _from_slots(goes_b, b.slot)
     indices = spec.layout.unfold(tuple(words))
     num_entries = before_a[-1] + before_b[-1]
@@ -189,17 +194,16 @@ def place_slice(spec: SliceSpec, data: jax.Array, indices: jax.Array, window: Wi
     """Moves the rows inside the window up to the front of the result."""
     low, reach, shift, past_end = (w[None] for w in window)
     inside = jnp.all((indices >= low) & (indices - low < reach), axis=1)
-    nowhere = max(spec.nse, len(data))
 
     def in_line(starts: jax.Array) -> tuple[jax.Array, jax.Array]:
         before = count_before(starts)
-        return jnp.where(inside, before[1:] - 1, nowhere), before[-1]
+        return _place(inside, before[1:] - 1, spec.nse), before[-1]
 
     def rank(out: keys.KeyLayout) -> tuple[jax.Array, jax.Array]:
         words, _ = out.fold(jnp.where(inside[:, None], indices - shift, past_end))
         ranked, slot = keys.sort_rows(words, out.padding[0])
         before = count_before(keys.starts_group(ranked) & ~out.is_padding(ranked))
-        return jnp.where(inside, keys.take(before, slot), nowhere), before[-1]
+        return _place(inside, keys.take(before, slot), spec.nse), before[-1]
 
     if spec.layouts is None:
         place, num_entries = in_line(inside)
@@ -231,6 +235,11 @@ def sum_at(places: jax.Array, values: jax.Array, size: int) -> jax.Array:
         return sum_at(places, values.astype(jnp.int32), size) > 0
     # Negative zero is the neutral element: sums that start from it keep the sign of a lone -0.
     return (-jnp.zeros(size, values.dtype)).at[places].add(values, mode="drop")
+
+
+def _place(has_one: jax.Array, place: jax.Array, nse: int) -> jax.Array:
+    """``place`` for entries that have one with room for it, one past the end for all others."""
+    return jnp.where(has_one, jnp.minimum(place, nse), nse)
 
 
 def _from_slots(places: jax.Array, slot: jax.Array | None) -> jax.Array:

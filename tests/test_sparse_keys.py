@@ -17,7 +17,8 @@ def test_search_agrees_with_numpy(num_rows):
     # Crowded into the first bucket, spread over all, and crowded into the last.
     for low, span in ((0, 10), (0, 2**32 - 1), (2**32 - 11, 2**32 - 1)):
         table = np.sort(rng.integers(low, span, num_rows, dtype=np.uint32))
-        asked = np.append(rng.integers(0, span, 50, dtype=np.uint32), table[[0, -1]])
+        asked = np.append(rng.integers(0, span, 50, dtype=np.uint32), [*table[[0, -1]], span])
+        asked = asked.astype(np.uint32)
         search = jax.jit(functools.partial(keys.lower_bound, largest=span))
         for found in (
             search((jnp.array(table),), (jnp.array(asked),)),
@@ -52,10 +53,18 @@ def test_rows_that_would_share_a_word_are_told_apart(step):
     assert match.match_rows(table, asked)[0].tolist() == [3, 1]
 
 
+def test_rows_outside_the_box_are_nowhere_in_a_directory():
+    table = np.arange(2**13)  # their keys take all values of their bits: the next one is outside
+    asked = np.array([-1, 0, 2**13 - 1, 2**13, 2**31 - 1, -(2**31)], np.int32)
+    (found,) = match.match_rows(jnp.array(table[:, None], jnp.int32), jnp.array(asked[:, None]))
+    assert found.tolist() == [2**13, 0, 2**13 - 1, *[2**13] * 3]
+
+
 def test_rows_in_line_are_not_searched(monkeypatch):
-    monkeypatch.setattr(match, "match_rows", lambda table, rows: (jnp.zeros(len(rows), jnp.int32),))
+    monkeypatch.setattr(match, "_match", lambda *args: (jnp.full(len(args[-1]), 9, jnp.int32),))
     table, asked = jnp.array([[1, 2], [1, 3], [2, 2]]), [[0, 9], [1, 2], [1, 3], [2, 2], [3, 0]]
-    assert match.match_in_line(table, jnp.array(asked)).tolist() == [3, 0, 1, 2, 3]
+    found, num_used = match.match_in_line(table, jnp.array(asked))
+    assert (found.tolist(), num_used) == ([3, 0, 1, 2, 3], 3)
 
 
 def in_line_cases():
@@ -72,10 +81,20 @@ def in_line_cases():
     yield rows[1:4], [[1, 3], [1, 3], [2, 2]]  # the right number, the first of them wrong
     yield rows[1:4], [*rows[1:4], [1, 3]]  # all in line, and one again
     yield [[1, 3], [1, 2], [2, 2]], [[1, 3], [1, 2], [2, 2]]  # equal, out of order
+    yield rows[1:4], [*rows[1:4], rows[3]]  # and the last one again
+    yield [[0, 0], [2**16, 2**16]], [[0, 0], [1, 2**16 - 1]]  # a key of 32 bits says they are equal
 
 
 @pytest.mark.parametrize(("table", "asked"), list(in_line_cases()))
 def test_match_in_line_is_match_rows(table, asked):
     place = {tuple(row): i for i, row in reversed(list(enumerate(table)))}
     want = [place.get(tuple(row), len(table)) for row in asked]
-    assert jax.jit(match.match_in_line)(jnp.array(table), jnp.array(asked)).tolist() == want
+    found, num_used = jax.jit(match.match_in_line)(jnp.array(table), jnp.array(asked))
+    assert (found.tolist(), num_used) == (want, len({*want} - {len(table)}))
+
+
+@pytest.mark.parametrize(("num_rows", "num_asked"), [(0, 2), (2, 0), (3, 2)])
+def test_rows_without_columns_are_all_the_same(num_rows, num_asked):
+    table, asked = jnp.zeros((num_rows, 0), jnp.int32), jnp.zeros((num_asked, 0), jnp.int32)
+    found, num_used = match.match_in_line(table, asked)
+    assert (found.tolist(), num_used) == ([0] * num_asked, 1 if num_rows and num_asked else 0)
