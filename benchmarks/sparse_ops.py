@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorflow as tf
-from jax.experimental import sparse
+from jax.experimental import checkify, sparse
 
 import jaxaccum
 
@@ -153,6 +153,23 @@ def tensorflow_steps(a: sparse.BCOO, b: sparse.BCOO) -> dict[str, Step]:
     }
 
 
+def least_steps(a: sparse.BCOO) -> dict[str, dict[str, Step]]:
+    """What no raw gradient of a slice can do without: to compare rows, and under jit to check."""
+    low, high = jnp.asarray([START], jnp.int32), jnp.asarray([START], jnp.int32) + SIZE[0]
+    compare = jax.jit(lambda rows: jnp.all((rows >= low) & (rows < high), axis=1))
+
+    @jax.jit
+    def check(rows: jax.Array) -> jax.Array:
+        checkify.debug_check(rows[0, 0] >= 0, "a negative index")
+        return rows
+
+    op = "slice gradient (raw)"
+    return {
+        "comparison alone": {op: lambda: compare(a.indices)},
+        "debug_check alone": {op: lambda: check(a.indices)},
+    }
+
+
 def measure(nse: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     a, b = matrix(rng, nse), matrix(rng, nse)
@@ -160,6 +177,7 @@ def measure(nse: int) -> list[dict[str, Any]]:
         "jaxaccum": jaxaccum_steps(a, b, rng),
         "jax.experimental.sparse": jax_steps(a, b, rng),
         "tensorflow": tensorflow_steps(a, b),
+        **least_steps(a),
     }
     is_long = nse > 100_000
     turns = {"repeats": 3 if is_long else 21, "in_a_row": 3 if is_long else 10}
@@ -187,5 +205,6 @@ if __name__ == "__main__":
         [row for nse in sizes for row in measure(nse)],
         note="Medians of one process, peers in turns. jax.experimental.sparse 'slice' includes "
         "bcoo_sum_duplicates, without which its result is neither sorted nor unique. 'In a row': "
-        "ten calls (three of the largest) one after the other and a single wait for the last.",
+        "ten calls (three of the largest) one after the other and a single wait for the last. The "
+        "peers 'alone' are floors of the raw slice gradient.",
     )

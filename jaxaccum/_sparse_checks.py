@@ -290,4 +290,5 @@ def _integers(name: str, value: Any) -> jax.Array:
 def same_dtype(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Returns index arrays in the dtype that holds all of them."""
     dtype = keys.common_dtype(*arrays)
-    return tuple(array.astype(dtype) for array in arrays)
+    # Outside of jit an astype that changes nothing still costs microseconds.
+    return tuple(array if array.dtype == dtype else array.astype(dtype) for array in arrays)
