@@ -3,13 +3,16 @@
 Two random matrices of 10,000 x 10,000 with the same number of sorted entries. The slice cuts the
 middle quarter. jaxaccum's gradients are timed twice: as the pullback of the op ("vjp", which has
 the places the forward pass found) and as the raw function on bare indices, which is what
-TensorFlow's op is.
+TensorFlow's op is. Every call has other matrices than the one before, several in turn: of a single
+pair a processor learns which branches it takes, and what branches by entry seems up to seven times
+as fast as it is.
 
     python benchmarks/sparse_ops.py [nse ...]
 """
 
 from __future__ import annotations
 
+import itertools
 import os
 import sys
 from collections.abc import Callable
@@ -31,11 +34,34 @@ START, SIZE = (2500, 2500), (5000, 5000)
 Step = Callable[[], Any]
 
 
-def matrix(rng: np.random.Generator, nse: int) -> sparse.BCOO:
-    cells = np.unique(rng.integers(0, SIDE * SIDE, nse + nse // 50 + 100))
-    cells = np.sort(rng.permutation(cells)[:nse])
+def in_turn(step: Callable[..., Any], inputs: list[tuple[Any, ...]]) -> Step:
+    for args in inputs:
+        jax.block_until_ready(step(*args))
+    turn = itertools.cycle(inputs)
+    return lambda: step(*next(turn))
+
+
+def matrices(rng: np.random.Generator, nse: int) -> tuple[sparse.BCOO, sparse.BCOO]:
+    """Two with as many entries inside the slice, and in common, as random ones have on average."""
+    cells: tuple[list[Any], list[Any]] = [], []
+    for inside, count in ((True, nse // 4), (False, nse - nse // 4)):
+        shared = round(count * nse / SIDE**2)
+        drawn = np.unique(rng.integers(0, SIDE * SIDE, 9 * count + 100))
+        drawn = rng.permutation(drawn[is_inside(drawn) == inside])
+        cells[0].append(drawn[:count])
+        cells[1].append(drawn[count - shared : 2 * count - shared])
+    a, b = (with_entries(rng, np.sort(np.concatenate(part))) for part in cells)
+    return a, b
+
+
+def is_inside(cells: np.ndarray) -> np.ndarray:
+    places = np.stack(np.divmod(cells, SIDE), axis=1) - START
+    return ((places >= 0) & (places < SIZE)).all(axis=1)
+
+
+def with_entries(rng: np.random.Generator, cells: np.ndarray) -> sparse.BCOO:
     indices = np.stack(np.divmod(cells, SIDE), axis=1).astype(np.int32)
-    values = rng.standard_normal(nse).astype(np.float32)
+    values = rng.standard_normal(len(cells)).astype(np.float32)
     return bcoo(jnp.asarray(values), jnp.asarray(indices), flags=True)
 
 
@@ -45,40 +71,59 @@ def bcoo(data: jax.Array, indices: jax.Array, *, flags: bool) -> sparse.BCOO:
     )
 
 
-def pullback(fn: Callable[..., jax.Array], *args: jax.Array) -> Step:
+def pullback(fn: Callable[..., jax.Array], inputs: list[tuple[Any, ...]]) -> Step:
     """The compiled pullback alone; its residuals are inputs, not constants."""
-    out, pull = jax.vjp(fn, *args)
-    leaves, tree = jax.tree.flatten(pull)
-    step = jax.jit(lambda leaves, ct: jax.tree.unflatten(tree, leaves)(ct))
-    return lambda: step(leaves, out)
+    pulls = [jax.vjp(fn, *args) for args in inputs]
+    tree = jax.tree.structure(pulls[0][1])
+    step = jax.jit(lambda leaves, ct: jax.tree.unflatten(tree, leaves)(ct)[: len(inputs[0]) // 2])
+    return in_turn(step, [(jax.tree.leaves(pull), out) for out, pull in pulls])
 
 
-def jaxaccum_steps(a: sparse.BCOO, b: sparse.BCOO, rng: np.random.Generator) -> dict[str, Step]:
+def shuffled(rng: np.random.Generator, x: sparse.BCOO) -> sparse.BCOO:
+    order = jnp.asarray(rng.permutation(x.nse))
+    return bcoo(x.data[order], x.indices[order], flags=False)
+
+
+Pairs = list[tuple[sparse.BCOO, sparse.BCOO]]
+
+
+def jaxaccum_steps(pairs: Pairs, mixed: Pairs) -> dict[str, Step]:
     add = jax.jit(jaxaccum.sparse_add)
-    cut = jax.jit(lambda x: jaxaccum.sparse_slice(x, START, SIZE))
-    total, part = trim(add(a, b)), trim(cut(a))
+    cut = jax.jit(lambda x, _: jaxaccum.sparse_slice(x, START, SIZE))
     add_grad, slice_grad = jax.jit(jaxaccum.sparse_add_grad), jax.jit(jaxaccum.sparse_slice_grad)
     start = jnp.asarray(START, jnp.int32)
-    order = jnp.asarray(rng.permutation(a.nse))
-    mixed = [bcoo(m.data[order], m.indices[order], flags=False) for m in (a, b)]
+    sums = [(trim(add(a, b)), a, b) for a, b in pairs]
+    parts = [(trim(cut(a, b)), a) for a, b in pairs]
 
-    def add_values(x: jax.Array, y: jax.Array) -> jax.Array:
-        ends = bcoo(x, a.indices, flags=True), bcoo(y, b.indices, flags=True)
+    def add_values(x: jax.Array, y: jax.Array, rows: jax.Array, others: jax.Array) -> jax.Array:
+        ends = bcoo(x, rows, flags=True), bcoo(y, others, flags=True)
         return jaxaccum.sparse_add(*ends).data
 
-    def cut_values(x: jax.Array) -> jax.Array:
-        return jaxaccum.sparse_slice(bcoo(x, a.indices, flags=True), START, SIZE).data
+    def cut_values(x: jax.Array, rows: jax.Array) -> jax.Array:
+        return jaxaccum.sparse_slice(bcoo(x, rows, flags=True), START, SIZE).data
 
     return {
-        "add": lambda: add(a, b),
-        "add, shuffled": lambda: add(*mixed),
-        "add gradient (vjp)": pullback(add_values, a.data, b.data),
-        "add gradient (raw)": lambda: add_grad(total.data, a.indices, b.indices, total.indices),
-        "slice": lambda: cut(a),
-        "slice, shuffled": lambda: cut(mixed[0]),
-        "slice gradient (vjp)": pullback(cut_values, a.data),
-        "slice gradient (raw)": lambda: slice_grad(part.data, a.indices, start, part.indices),
+        "add": in_turn(add, pairs),
+        "add, shuffled": in_turn(add, mixed),
+        "add gradient (vjp)": pullback(add_values, of_add(pairs)),
+        "add gradient (raw)": in_turn(
+            add_grad, [(total.data, a.indices, b.indices, total.indices) for total, a, b in sums]
+        ),
+        "slice": in_turn(cut, pairs),
+        "slice, shuffled": in_turn(cut, mixed),
+        "slice gradient (vjp)": pullback(cut_values, of_slice(pairs)),
+        "slice gradient (raw)": in_turn(
+            slice_grad, [(part.data, a.indices, start, part.indices) for part, a in parts]
+        ),
     }
+
+
+def of_add(pairs: Pairs) -> list[tuple[Any, ...]]:
+    return [(a.data, b.data, a.indices, b.indices) for a, b in pairs]
+
+
+def of_slice(pairs: Pairs) -> list[tuple[Any, ...]]:
+    return [(a.data, a.indices) for a, _ in pairs]
 
 
 def trim(mat: sparse.BCOO) -> sparse.BCOO:
@@ -87,7 +132,7 @@ def trim(mat: sparse.BCOO) -> sparse.BCOO:
     return sparse.BCOO((mat.data[:real], mat.indices[:real]), shape=mat.shape)
 
 
-def jax_steps(a: sparse.BCOO, b: sparse.BCOO, rng: np.random.Generator) -> dict[str, Step]:
+def jax_steps(pairs: Pairs, mixed: Pairs) -> dict[str, Step]:
     def plain_add(x: sparse.BCOO, y: sparse.BCOO) -> sparse.BCOO:
         return sparse.bcoo_sum_duplicates(x + y, nse=x.nse + y.nse)
 
@@ -95,65 +140,77 @@ def jax_steps(a: sparse.BCOO, b: sparse.BCOO, rng: np.random.Generator) -> dict[
         ends = [s + e for s, e in zip(START, SIZE, strict=True)]
         return sparse.bcoo_slice(x, start_indices=START, limit_indices=ends)
 
-    add, cut = jax.jit(plain_add), jax.jit(plain_slice)
-    tidy = jax.jit(lambda x: sparse.bcoo_sum_duplicates(plain_slice(x), nse=x.nse))
-    order = jnp.asarray(rng.permutation(a.nse))
-    mixed = [bcoo(m.data[order], m.indices[order], flags=False) for m in (a, b)]
+    add, cut = jax.jit(plain_add), jax.jit(lambda x, _: plain_slice(x))
+    tidy = jax.jit(lambda x, _: sparse.bcoo_sum_duplicates(plain_slice(x), nse=x.nse))
 
-    def add_values(x: jax.Array, y: jax.Array) -> jax.Array:
-        ends = bcoo(x, a.indices, flags=True), bcoo(y, b.indices, flags=True)
-        return plain_add(*ends).data
+    def add_values(x: jax.Array, y: jax.Array, rows: jax.Array, others: jax.Array) -> jax.Array:
+        return plain_add(bcoo(x, rows, flags=True), bcoo(y, others, flags=True)).data
 
-    def cut_values(x: jax.Array) -> jax.Array:
-        return plain_slice(bcoo(x, a.indices, flags=True)).data
+    def cut_values(x: jax.Array, rows: jax.Array) -> jax.Array:
+        return plain_slice(bcoo(x, rows, flags=True)).data
 
     return {
-        "add": lambda: add(a, b),
-        "add, shuffled": lambda: add(*mixed),
-        "add gradient (vjp)": pullback(add_values, a.data, b.data),
-        "slice": lambda: tidy(a),
-        "slice, unsorted result": lambda: cut(a),
-        "slice, shuffled": lambda: tidy(mixed[0]),
-        "slice gradient (vjp)": pullback(cut_values, a.data),
+        "add": in_turn(add, pairs),
+        "add, shuffled": in_turn(add, mixed),
+        "add gradient (vjp)": pullback(add_values, of_add(pairs)),
+        "slice": in_turn(tidy, pairs),
+        "slice, unsorted result": in_turn(cut, pairs),
+        "slice, shuffled": in_turn(tidy, mixed),
+        "slice gradient (vjp)": pullback(cut_values, of_slice(pairs)),
     }
 
 
-def tensorflow_steps(a: sparse.BCOO, b: sparse.BCOO) -> dict[str, Step]:
+def tensorflow_steps(pairs: Pairs) -> dict[str, Step]:
     ops = tf.raw_ops
-    (ia, va), (ib, vb) = (
-        (tf.constant(np.asarray(m.indices), tf.int64), tf.constant(np.asarray(m.data)))
-        for m in (a, b)
-    )
     shape, thresh = tf.constant([SIDE, SIDE], tf.int64), tf.constant(0.0)
     start, size = tf.constant(START, tf.int64), tf.constant(SIZE, tf.int64)
 
-    def add() -> Any:
+    def add(ia: Any, va: Any, ib: Any, vb: Any) -> Any:
         return ops.SparseAdd(
             a_indices=ia, a_values=va, a_shape=shape,
             b_indices=ib, b_values=vb, b_shape=shape, thresh=thresh,
         )  # fmt: skip
 
-    def cut() -> Any:
-        return ops.SparseSlice(indices=ia, values=va, shape=shape, start=start, size=size)
+    def cut(indices: Any, values: Any, *_: Any) -> Any:
+        return ops.SparseSlice(indices=indices, values=values, shape=shape, start=start, size=size)
 
-    total, part = add(), cut()
-    add_gradient = lambda: ops.SparseAddGrad(  # noqa: E731
-        backprop_val_grad=total[1], a_indices=ia, b_indices=ib, sum_indices=total[0]
+    def add_grad(values: Any, ia: Any, ib: Any, indices: Any) -> Any:
+        return ops.SparseAddGrad(
+            backprop_val_grad=values, a_indices=ia, b_indices=ib, sum_indices=indices
+        )
+
+    def slice_grad(values: Any, rows: Any, indices: Any) -> Any:
+        return ops.SparseSliceGrad(
+            backprop_val_grad=values, input_indices=rows, input_start=start, output_indices=indices
+        )
+
+    inputs = [
+        tuple(
+            part
+            for m in pair
+            for part in (tf.constant(np.asarray(m.indices), tf.int64), tf.constant(m.data))
+        )
+        for pair in pairs
+    ]
+    sums, parts = [add(*args) for args in inputs], [cut(*args) for args in inputs]
+    add_gradient = in_turn(
+        add_grad,
+        [(s[1], args[0], args[2], s[0]) for s, args in zip(sums, inputs, strict=True)],
     )
-    slice_gradient = lambda: ops.SparseSliceGrad(  # noqa: E731
-        backprop_val_grad=part[1], input_indices=ia, input_start=start, output_indices=part[0]
+    slice_gradient = in_turn(
+        slice_grad, [(p[1], args[0], p[0]) for p, args in zip(parts, inputs, strict=True)]
     )
     return {
-        "add": add,
+        "add": in_turn(add, inputs),
         "add gradient (vjp)": add_gradient,
         "add gradient (raw)": add_gradient,
-        "slice": cut,
+        "slice": in_turn(cut, inputs),
         "slice gradient (vjp)": slice_gradient,
         "slice gradient (raw)": slice_gradient,
     }
 
 
-def least_steps(a: sparse.BCOO) -> dict[str, dict[str, Step]]:
+def least_steps(pairs: Pairs) -> dict[str, dict[str, Step]]:
     """What no raw gradient of a slice can do without: to compare rows, and under jit to check."""
     low, high = jnp.asarray([START], jnp.int32), jnp.asarray([START], jnp.int32) + SIZE[0]
     compare = jax.jit(lambda rows: jnp.all((rows >= low) & (rows < high), axis=1))
@@ -165,19 +222,20 @@ def least_steps(a: sparse.BCOO) -> dict[str, dict[str, Step]]:
 
     op = "slice gradient (raw)"
     return {
-        "comparison alone": {op: lambda: compare(a.indices)},
-        "debug_check alone": {op: lambda: check(a.indices)},
+        "comparison alone": {op: in_turn(compare, [(a.indices,) for a, _ in pairs])},
+        "debug_check alone": {op: in_turn(check, [(a.indices,) for a, _ in pairs])},
     }
 
 
 def measure(nse: int) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
-    a, b = matrix(rng, nse), matrix(rng, nse)
+    pairs = [matrices(rng, nse) for _ in range(max(3, min(64, 2**20 // nse)))]
+    mixed = [(shuffled(rng, a), shuffled(rng, b)) for a, b in pairs]
     peers = {
-        "jaxaccum": jaxaccum_steps(a, b, rng),
-        "jax.experimental.sparse": jax_steps(a, b, rng),
-        "tensorflow": tensorflow_steps(a, b),
-        **least_steps(a),
+        "jaxaccum": jaxaccum_steps(pairs, mixed),
+        "jax.experimental.sparse": jax_steps(pairs, mixed),
+        "tensorflow": tensorflow_steps(pairs),
+        **least_steps(pairs),
     }
     is_long = nse > 100_000
     turns = {"repeats": 3 if is_long else 21, "in_a_row": 3 if is_long else 10}

@@ -1,7 +1,7 @@
 """Where each stored entry of the operands lands in the result of a sparse add or slice.
 
 Pure structure over plain arrays, compiled once a layout. *Places* are positions in the result;
-an entry that has none gets the place past its end, which scatters drop and gathers fill with zero.
+an entry that has none gets one past its end, which scatters drop and gathers fill with zero.
 """
 
 from __future__ import annotations
@@ -107,8 +107,8 @@ def place_add(
     keep_a = a.live if limit is None else a.live & ~(a_matched & ~_reaches(total, limit))
     keep_b = b.live & ~b_matched
     before_a, before_b = count_before(keep_a), count_before(keep_b)
-    place_a = _place(keep_a, before_a[:-1] + keys.take(before_b, a_in_b), spec.nse)
-    place_b = _place(keep_b, before_b[:-1] + keys.take(before_a, b_in_a), spec.nse)
+    place_a = jnp.where(keep_a, before_a[:-1] + keys.take(before_b, a_in_b), spec.nse)
+    place_b = jnp.where(keep_b, before_b[:-1] + keys.take(before_a, b_in_a), spec.nse)
     data = jnp.zeros(spec.nse, total.dtype)
     data = data.at[place_a].set(total, mode="drop").at[place_b].set(b.values, mode="drop")
     words = [
@@ -197,13 +197,13 @@ def place_slice(spec: SliceSpec, data: jax.Array, indices: jax.Array, window: Wi
 
     def in_line(starts: jax.Array) -> tuple[jax.Array, jax.Array]:
         before = count_before(starts)
-        return _place(inside, before[1:] - 1, spec.nse), before[-1]
+        return jnp.where(inside, before[1:] - 1, spec.nse), before[-1]
 
     def rank(out: keys.KeyLayout) -> tuple[jax.Array, jax.Array]:
         words, _ = out.fold(jnp.where(inside[:, None], indices - shift, past_end))
         ranked, slot = keys.sort_rows(words, out.padding[0])
         before = count_before(keys.starts_group(ranked) & ~out.is_padding(ranked))
-        return _place(inside, keys.take(before, slot), spec.nse), before[-1]
+        return jnp.where(inside, keys.take(before, slot), spec.nse), before[-1]
 
     if spec.layouts is None:
         place, num_entries = in_line(inside)
@@ -235,11 +235,6 @@ def sum_at(places: jax.Array, values: jax.Array, size: int) -> jax.Array:
         return sum_at(places, values.astype(jnp.int32), size) > 0
     # Negative zero is the neutral element: sums that start from it keep the sign of a lone -0.
     return (-jnp.zeros(size, values.dtype)).at[places].add(values, mode="drop")
-
-
-def _place(has_one: jax.Array, place: jax.Array, nse: int) -> jax.Array:
-    """``place`` for entries that have one with room for it, one past the end for all others."""
-    return jnp.where(has_one, jnp.minimum(place, nse), nse)
 
 
 def _from_slots(places: jax.Array, slot: jax.Array | None) -> jax.Array:
