@@ -70,7 +70,15 @@ def match_rows(table: jax.Array, *queries: jax.Array) -> tuple[jax.Array, ...]:
         # Nowhere, which is position k = 0, or the first of all equal rows.
         return tuple(jnp.zeros(q.shape[:1], jnp.int32) for q in queries)
     box = _box(table)
-    return _match(box, [box.fold(rows) for rows in (table, *queries)], table, *queries)
+    folded = [(box.fold(rows),) for rows in (table, *queries)]
+    return lax.switch(
+        jnp.where(box.can_fold(), jnp.where(keys.ascends(folded[0]), 0, 1), 2),
+        [
+            lambda: _find_sorted(box.outside(), *folded),
+            lambda: _find(box.outside(), *folded),
+            lambda: _find(box.reach[0, 0], *(_columns(box.offsets(r)) for r in (table, *queries))),
+        ],
+    )
 
 
 def match_in_line(table: jax.Array, queries: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -85,39 +93,24 @@ def match_in_line(table: jax.Array, queries: jax.Array) -> tuple[jax.Array, jax.
     num_rows, num_columns = table.shape
     if num_rows == 0 or num_columns == 0:
         return match_rows(table, queries)[0], jnp.int32(min(num_rows, len(queries), 1))
-    box = _box(table)
-    folded = key, query = [box.fold(rows) for rows in (table, queries)]
-    inside = box.contains(queries)
+    inside = _box(table).contains(queries)
     before = count_before(inside)
     guess, num_inside = before[:-1], before[-1]
-    (guessed,) = keys.at((key,), guess)
-    is_right = jnp.all((guessed == query) | ~inside) & (num_inside <= num_rows)
+    guessed = keys.take(table, jnp.minimum(guess, num_rows - 1))
+    same = jnp.all(guessed == queries, axis=1)
+    are_right = jnp.all(same | ~inside) & (num_inside <= num_rows)
+    rows = _columns(table)
+    rises = keys.less(tuple(w[:-1] for w in rows), tuple(w[1:] for w in rows))
 
     def by_value() -> tuple[jax.Array, jax.Array]:
-        (found,) = _match(box, folded, table, queries)
+        (found,) = match_rows(table, queries)
         is_found = jnp.zeros(num_rows, bool).at[found].set(True, mode="drop")
         return found, jnp.sum(is_found, dtype=jnp.int32)
 
     return lax.cond(
-        is_right & jnp.all(key[:-1] < key[1:]) & box.can_fold(),
+        are_right & jnp.all(rises),
         lambda: (jnp.where(inside, guess, num_rows), num_inside),
         by_value,
-    )
-
-
-def _match(
-    box: _Box, folded: list[jax.Array], table: jax.Array, *queries: jax.Array
-) -> tuple[jax.Array, ...]:
-    """``match_rows``, given the keys of all rows, which mean something if ``box.can_fold()``."""
-    words = [(key,) for key in folded]
-
-    return lax.switch(
-        jnp.where(box.can_fold(), jnp.where(keys.ascends(words[0]), 0, 1), 2),
-        [
-            lambda: _find_sorted(box.outside(), *words),
-            lambda: _find(box.outside(), *words),
-            lambda: _find(box.reach[0, 0], *(_columns(box.offsets(r)) for r in (table, *queries))),
-        ],
     )
 
 

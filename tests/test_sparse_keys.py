@@ -61,7 +61,7 @@ def test_rows_outside_the_box_are_nowhere_in_a_directory():
 
 
 def test_rows_in_line_are_not_searched(monkeypatch):
-    monkeypatch.setattr(match, "_match", lambda *args: (jnp.full(len(args[-1]), 9, jnp.int32),))
+    monkeypatch.setattr(match, "match_rows", lambda _, rows: (jnp.full(len(rows), 9, jnp.int32),))
     table, asked = jnp.array([[1, 2], [1, 3], [2, 2]]), [[0, 9], [1, 2], [1, 3], [2, 2], [3, 0]]
     found, num_used = match.match_in_line(table, jnp.array(asked))
     assert (found.tolist(), num_used) == ([3, 0, 1, 2, 3], 3)
