@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -95,23 +95,27 @@ def match_in_line(table: jax.Array, queries: jax.Array) -> tuple[jax.Array, jax.
         return match_rows(table, queries)[0], jnp.int32(min(num_rows, len(queries), 1))
     inside = _box(table).contains(queries)
     before = count_before(inside)
-    guess, num_inside = before[:-1], before[-1]
+    guess, num_inside = jnp.where(inside, before[:-1], num_rows), before[-1]
     guessed = keys.take(table, jnp.minimum(guess, num_rows - 1))
     same = jnp.all(guessed == queries, axis=1)
-    are_right = jnp.all(same | ~inside) & (num_inside <= num_rows)
     rows = _columns(table)
     rises = keys.less(tuple(w[:-1] for w in rows), tuple(w[1:] for w in rows))
+    is_right = _all(same | ~inside) & _all(rises) & (num_inside <= num_rows)
 
-    def by_value() -> tuple[jax.Array, jax.Array]:
+    def by_value(_: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         (found,) = match_rows(table, queries)
         is_found = jnp.zeros(num_rows, bool).at[found].set(True, mode="drop")
-        return found, jnp.sum(is_found, dtype=jnp.int32)
+        return found, jnp.sum(is_found, dtype=jnp.int32), jnp.asarray(True)
 
-    return lax.cond(
-        are_right & jnp.all(rises),
-        lambda: (jnp.where(inside, guess, num_rows), num_inside),
-        by_value,
-    )
+    # A cond would copy a guess that is right; a loop of no rounds lets it through.
+    first = guess, num_inside, is_right
+    found, num_found, _ = lax.while_loop(lambda carry: ~carry[2], by_value, first)
+    return found, num_found
+
+
+def _all(mask: jax.Array) -> jax.Array:
+    # XLA's CPU backend takes the least of bytes in half the time it takes to "and" bools.
+    return jnp.min(mask.astype(jnp.int8), initial=1) == 1
 
 
 def _box(rows: jax.Array) -> _Box:

@@ -100,10 +100,7 @@ def place_add(
     b = _operand(spec.layout, spec.b, b_data, b_indices)
     a_in_b, a_matched = _search(spec.layout, b, a)
     b_in_a, b_matched = _search(spec.layout, a, b)
-    total = a.values
-    if len(b_data):
-        (b_values,) = keys.at((b.values,), a_in_b)
-        total = jnp.where(a_matched, a.values + b_values, a.values)
+    total = jnp.where(a_matched, a.values + keys.take_or_zero(b.values, a_in_b), a.values)
     keep_a = a.live if limit is None else a.live & ~(a_matched & ~_reaches(total, limit))
     keep_b = b.live & ~b_matched
     before_a, before_b = count_before(keep_a), count_before(keep_b)
@@ -118,10 +115,7 @@ def place_add(
         for pad, wa, wb in zip(spec.layout.padding, a.words, b.words, strict=True)
     ]  # fmt: skip
     # An entry of b that a has too lies where a's does, or nowhere if their sum was dropped.
-    goes_b = place_b
-    if len(a_data):
-        (goes_a,) = keys.at((place_a,), b_in_a)
-        goes_b = jnp.where(b_matched, goes_a, place_b)
+    goes_b = jnp.where(b_matched, keys.take_or_zero(place_a, b_in_a), place_b)
     places = _from_slots(place_a, a.slot), _from_slots(goes_b, b.slot)
     indices = spec.layout.unfold(tuple(words))
     num_entries = before_a[-1] + before_b[-1]
