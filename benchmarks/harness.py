@@ -57,6 +57,8 @@ def interleaved_ms(
                     prepare()
                     row.append(timed(step)[1])
             else:
+                if hasattr(step, "prepare"):
+                    raise ValueError(f"{name} must be prepared each time, and so waited for")
                 _, seconds = timed(lambda step=step: [step() for _ in range(in_a_row)])
                 row.append(seconds / in_a_row)
             if repeat >= warmup:

@@ -144,6 +144,11 @@ def take_or_zero(array: jax.Array, positions: jax.Array) -> jax.Array:
     return array.at[positions].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
+def positions(words: Words) -> jax.Array:
+    """Returns int32 ``[n]``, 0, 1, 2..., which to `jax.shard_map` differ by device if rows do."""
+    return jnp.arange(len(words[0]), dtype=jnp.int32) + (words[0] & 0).astype(jnp.int32)
+
+
 def starts_group(words: Words) -> jax.Array:
     """Which rows of sorted ``words`` differ from the row before them."""
     differs = ~equal(tuple(w[1:] for w in words), tuple(w[:-1] for w in words))
@@ -187,9 +192,10 @@ def _halve_all(table: Words, queries: Words) -> jax.Array:
     def halve(level: int, found: jax.Array) -> jax.Array:
         return _halve(table, queries, found, jnp.int32(1 << (levels - 1)) >> level)
 
-    start = jnp.zeros(queries[0].shape, jnp.int32)
-    found: jax.Array = lax.fori_loop(0, levels, halve, start)
-    return jnp.minimum(found, num_rows)
+    # The first round stands before the loop, whose carry must differ by device (`jax.shard_map`)
+    # from the start if it ever does.
+    first = halve(0, jnp.zeros(queries[0].shape, jnp.int32))
+    return jnp.minimum(lax.fori_loop(1, levels, halve, first), num_rows)
 
 
 def _halve_from(table: Words, queries: Words, first: jax.Array, widest: jax.Array) -> jax.Array:

@@ -105,7 +105,7 @@ def match_in_line(table: jax.Array, queries: jax.Array) -> tuple[jax.Array, jax.
     def by_value(_: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
         (found,) = match_rows(table, queries)
         is_found = jnp.zeros(num_rows, bool).at[found].set(True, mode="drop")
-        return found, jnp.sum(is_found, dtype=jnp.int32), jnp.asarray(True)
+        return found, jnp.sum(is_found, dtype=jnp.int32), is_right | True
 
     # A cond would copy a guess that is right; a loop of no rounds lets it through.
     first = guess, num_inside, is_right
@@ -140,7 +140,7 @@ def _find(largest: jax.Array, table: keys.Words, *queries: keys.Words) -> tuple[
     (num_rows,) = table[0].shape
     ranked, source = lax.cond(
         keys.ascends(table),
-        lambda: (table, jnp.arange(num_rows, dtype=jnp.int32)),
+        lambda: (table, keys.positions(table)),
         lambda: _rank(table, largest),
     )
     source = jnp.append(source, jnp.int32(num_rows))

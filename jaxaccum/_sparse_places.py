@@ -139,7 +139,7 @@ def _operand(layout: keys.KeyLayout, flags: Flags, data: jax.Array, indices: jax
     # Most indices without the flags are in order all the same, and looking costs next to nothing.
     ranked, slot, values = lax.cond(
         keys.in_order(padded, live),
-        lambda: (padded, jnp.arange(len(data), dtype=jnp.int32), data),
+        lambda: (padded, keys.positions(padded), data),
         rank,
     )
     return _Operand(ranked, keys.starts_group(ranked) & ~layout.is_padding(ranked), values, slot)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from devices import MESHES
 from hypothesis import strategies as st
 from jax.experimental import sparse
 from jax.test_util import check_grads
@@ -306,3 +307,32 @@ def test_sorted_operands_are_not_sorted_again():
     assert re.search(r"\bsort\(", text.compile().as_text()), "so the search finds sorts"
     cut = jax.jit(lambda x: jaxaccum.sparse_slice(x, [1], [3]))
     assert not re.search(r"\bsort\(", cut.lower(a).compile().as_text())
+
+
+@pytest.mark.parametrize("is_sorted", [True, False])
+@pytest.mark.parametrize("nse", [6, 5000])  # searched whole, and through a directory
+def test_every_device_may_have_matrices_of_its_own(is_sorted, nse):
+    """Under jax.shard_map with its check on, which tells what differs by device."""
+    rng, num_devices, side = np.random.default_rng(nse), 8, 200
+    cells = np.stack([rng.permutation(side * side)[:nse] for _ in range(num_devices)])
+    cells = np.sort(cells) if is_sorted else cells
+    rows = np.stack(np.divmod(cells, side), axis=-1).astype(np.int32)
+    data = np.arange(1, num_devices * nse + 1, dtype=np.float32).reshape(num_devices, nse)
+
+    def each(data, rows):
+        x = sparse.BCOO((data[0], rows[0]), shape=(side, side))
+        total, part = jaxaccum.sparse_add(x, x), jaxaccum.sparse_slice(x, [0, 50], [side, 100])
+        grads = jaxaccum.sparse_add_grad(total.data, rows[0], rows[0], total.indices)
+        cut = jaxaccum.sparse_slice_grad(part.data, rows[0], [0, 50], part.indices)
+        return jax.tree.map(lambda leaf: leaf[None], (total.todense(), *grads, cut))
+
+    spec = jax.sharding.PartitionSpec(("data",))
+    program = jax.shard_map(each, mesh=MESHES["data"], in_specs=(spec, spec), out_specs=spec)
+    total, of_a, of_b, cut = jax.jit(program)(data, rows)
+    want = np.zeros((num_devices, side * side), np.float32)
+    np.put_along_axis(want, cells, 2 * data, axis=1)
+    np.testing.assert_array_equal(np.reshape(total, want.shape), want)
+    for grad in (of_a, of_b):
+        np.testing.assert_array_equal(grad, 2 * data)
+    inside = (rows[..., 1] >= 50) & (rows[..., 1] < 150)
+    np.testing.assert_array_equal(cut, np.where(inside, data, 0))
