@@ -28,7 +28,7 @@ import tensorflow as tf
 from jax.experimental import checkify, sparse
 
 import jaxaccum
-from jaxaccum._counting import count_before
+from jaxaccum._rows.prefix_sums import count_before
 
 SIDE = 10_000
 START, SIZE = (2500, 2500), (5000, 5000)

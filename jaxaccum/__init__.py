@@ -1,18 +1,20 @@
 """jaxaccum: sparse-gradient accumulation for JAX."""
 
 from jaxaccum import raw_ops
-from jaxaccum._accumulate import AccumulateState, accumulate
-from jaxaccum._accumulator import apply, grow, merge, num_accumulated, set_step, take
-from jaxaccum._collectives import all_merge, all_take
-from jaxaccum._conditional_accumulator import SparseConditionalAccumulator
-from jaxaccum._errors import CancelledError, DeadlineExceededError, InvalidArgumentError
-from jaxaccum._lazy_rows import lazy_rows
-from jaxaccum._placement import per_device, row_specs, shard_init, shard_rows
-from jaxaccum._rowwise_adagrad import rowwise_adagrad
-from jaxaccum._sharded import shard_apply, shard_lookup
-from jaxaccum._slices import IndexedSlices
-from jaxaccum._sparse_grad import value_and_sparse_grad
-from jaxaccum._sparse_ops import (
+from jaxaccum._accumulator.state import AccumulatorState, Verdict, init
+from jaxaccum._accumulator.verbs import apply, grow, merge, num_accumulated, set_step, take
+from jaxaccum._coordinator.errors import CancelledError, DeadlineExceededError, InvalidArgumentError
+from jaxaccum._distributed.all_merge import all_merge, all_take
+from jaxaccum._distributed.mesh import per_device, row_specs, shard_init, shard_rows
+from jaxaccum._distributed.sharded_table import shard_apply, shard_lookup
+from jaxaccum._optimizers.accumulate import AccumulateState, accumulate
+from jaxaccum._optimizers.apply_updates import apply_updates
+from jaxaccum._optimizers.lazy_rows import lazy_rows
+from jaxaccum._optimizers.rowwise_adagrad import rowwise_adagrad
+from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.unique_rows import sum_duplicates
+from jaxaccum._sparse_grad.value_and_sparse_grad import value_and_sparse_grad
+from jaxaccum._sparse_ops.ops import (
     sparse_add,
     sparse_add_grad,
     sparse_add_jvp,
@@ -20,9 +22,7 @@ from jaxaccum._sparse_ops import (
     sparse_slice_grad,
     sparse_slice_jvp,
 )
-from jaxaccum._state import AccumulatorState, Verdict, init
-from jaxaccum._transforms import apply_updates
-from jaxaccum._unique_rows import sum_duplicates
+from jaxaccum._tensorflow.conditional_accumulator import SparseConditionalAccumulator
 
 __all__ = [
     "AccumulateState",

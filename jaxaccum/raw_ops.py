@@ -16,11 +16,12 @@ import numpy as np
 from jax.experimental import sparse
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxaccum import _raw_checks as checks
-from jaxaccum import _sparse_ops
-from jaxaccum._conditional_accumulator import SparseConditionalAccumulator, SparseGradient, as_tuple
-from jaxaccum._coordinator import Coordinator
-from jaxaccum._errors import InvalidArgumentError
+from jaxaccum._coordinator.coordinator import Coordinator
+from jaxaccum._coordinator.errors import InvalidArgumentError
+from jaxaccum._sparse_ops.ops import sparse_add, sparse_add_grad, sparse_slice, sparse_slice_grad
+from jaxaccum._tensorflow import raw_checks as checks
+from jaxaccum._tensorflow.conditional_accumulator import SparseConditionalAccumulator
+from jaxaccum._tensorflow.sparse_gradient import SparseGradient, as_tuple
 
 # ruff: noqa: N802  (TensorFlow's names)
 
@@ -192,7 +193,7 @@ def SparseAdd(
     checks.add(a_indices, a_values, a_shape, b_indices, b_values, b_shape, thresh)
     a = _bcoo(a_indices, a_values, a_shape)
     b = _bcoo(b_indices, b_values, b_shape)
-    return _SparseSum(*_trimmed(_sparse_ops.sparse_add(a, b, thresh)))
+    return _SparseSum(*_trimmed(sparse_add(a, b, thresh)))
 
 
 def SparseAddGrad(
@@ -226,7 +227,7 @@ def SparseAddGrad(
     """
     checks.add_grad(backprop_val_grad, a_indices, b_indices, sum_indices)
     rows = map(_index_array, (a_indices, b_indices, sum_indices))
-    return _AddGrads(*_sparse_ops.sparse_add_grad(jnp.asarray(backprop_val_grad), *rows))
+    return _AddGrads(*sparse_add_grad(jnp.asarray(backprop_val_grad), *rows))
 
 
 def SparseSlice(
@@ -263,7 +264,7 @@ def SparseSlice(
     checks.slice_(indices, values, shape, start, size)
     x = _bcoo(indices, values, shape)
     box = [tuple(np.asarray(bound).tolist()) for bound in (start, size)]
-    return _SparsePart(*_trimmed(_sparse_ops.sparse_slice(x, *box)))
+    return _SparsePart(*_trimmed(sparse_slice(x, *box)))
 
 
 def SparseSliceGrad(
@@ -299,7 +300,7 @@ def SparseSliceGrad(
     Source: TensorFlow's ``tf.raw_ops.SparseSliceGrad``.
     """
     checks.slice_grad(backprop_val_grad, input_indices, input_start, output_indices)
-    return _sparse_ops.sparse_slice_grad(
+    return sparse_slice_grad(
         jnp.asarray(backprop_val_grad),
         _index_array(input_indices),
         np.asarray(input_start),

@@ -1,0 +1,272 @@
+"""Where a row lives: from row ids to slots of a fixed-capacity buffer, without sorting.
+
+Two indexes behind one interface. `DirectMap` keeps one int32 for each row of a known vocabulary;
+`HashTable` knows only the rows it holds. Both offer
+
+* ``claim(ids, num_rows, capacity)``: the slot of each id, new ids getting the next free ones, in
+  the two steps ``bid`` and ``settle``;
+* ``drain(indices, num_rows)``: the held slots in ascending order of row, and an empty index.
+
+Ids are int32 and NOWHERE where a position is to be skipped. All or nothing: where the new rows do
+not fit, the index comes back bit for bit as it was.
+
+No buffer is read after it has been overwritten, for XLA would copy it whole to keep the old
+contents. What is needed later is read from the new buffer instead.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxaccum._rows.prefix_sums import count_before, rank_in_words
+
+# Past the end of every table: scatters drop it. Also the map entry of a row without a slot.
+NOWHERE = 2**31 - 1
+
+_register = functools.partial(jax.tree_util.register_dataclass, meta_fields=[])
+
+
+class Bid(NamedTuple):
+    """Ids on their way to slots, so that several tables can be asked before any of them is changed.
+
+    Attributes:
+      ids: int32 ``[n]``, positions in the map.
+      winner: int32 ``[n]``, the slot a row has, or capacity plus the position that it is to go to.
+      is_first: bool ``[n]``, as in `Claim`.
+      rank: int32 ``[n]``, how many of ``is_first`` come before.
+      num_new: int32 ``[]``, how many rows are new.
+    """
+
+    ids: jax.Array
+    winner: jax.Array
+    is_first: jax.Array
+    rank: jax.Array
+    num_new: jax.Array
+
+    def fits(self, num_rows: jax.Array, capacity: int) -> jax.Array:
+        """Whether there is room for the new rows beside the ``num_rows`` held."""
+        return num_rows + self.num_new <= capacity
+
+
+class Claim(NamedTuple):
+    """What `claim` found out about ``n`` ids.
+
+    Attributes:
+      slot: int32 ``[n]``; NOWHERE for skipped ids and where the claim was refused.
+      is_first: bool ``[n]``, true once for each row that is new: at its first occurrence.
+      num_new: int32 ``[]``, how many rows are new.
+      fits: bool ``[]``, whether the new rows fit; if not, nothing was claimed.
+    """
+
+    slot: jax.Array
+    is_first: jax.Array
+    num_new: jax.Array
+    fits: jax.Array
+
+
+@functools.partial(_register, data_fields=["slots"])
+@dataclasses.dataclass(frozen=True)
+class DirectMap:
+    """Slot of each row, NOWHERE where it has none; int32 ``[rows]``."""
+
+    slots: jax.Array
+
+    @classmethod
+    def empty(cls, rows: int) -> DirectMap:
+        """Returns the map of a table of ``rows`` rows, none of them held."""
+        return cls(jnp.full(max(rows, 1), NOWHERE, jnp.int32))
+
+    def bid(self, ids: jax.Array, capacity: int) -> tuple[DirectMap, Bid]:
+        """Enters ids, and tells how many rows are new; `settle` must follow."""
+        # Each id bids for its row with its position, put above every slot in use: a row that has a
+        # slot keeps it, a free one goes to its first bidder. Scatter-min makes that the same on
+        # every backend, whatever the order of execution.
+        bid = capacity + jnp.arange(ids.shape[0], dtype=jnp.int32)
+        bids = self.slots.at[ids].min(bid, mode="drop")
+        winner = bids.at[ids].get(mode="fill", fill_value=NOWHERE)
+        is_first = winner == bid
+        before = count_before(is_first)
+        return DirectMap(bids), Bid(ids, winner, is_first, before[:-1], before[-1])
+
+    def settle(
+        self, bid: Bid, num_rows: jax.Array, capacity: int, fits: jax.Array
+    ) -> tuple[DirectMap, Claim]:
+        """Gives new rows the next free slots, or restores the map if they do not fit."""
+        # Winning entries become slots, or are vacated again if there is no room for all.
+        new_slot = jnp.where(fits, num_rows + bid.rank, NOWHERE)
+        first = jnp.where(bid.is_first, bid.ids, NOWHERE)
+        slots = self.slots.at[first].set(new_slot, mode="drop")
+        # A repetition finds the slot through the position that won; reading it off the small array
+        # spares a second look into the map.
+        elected = new_slot.at[bid.winner - capacity].get(mode="fill", fill_value=NOWHERE)
+        known = jnp.where(fits, bid.winner, NOWHERE)
+        slot = jnp.where(bid.winner < capacity, known, elected)
+        return DirectMap(slots), Claim(slot, bid.is_first, bid.num_new, fits)
+
+    def claim(self, ids: jax.Array, num_rows: jax.Array, capacity: int) -> tuple[DirectMap, Claim]:
+        """Finds a slot for each id, in order of first occurrence; see the module's docstring."""
+        index, bid = self.bid(ids, capacity)
+        return index.settle(bid, num_rows, capacity, bid.fits(num_rows, capacity))
+
+    def drain(self, indices: jax.Array, num_rows: jax.Array) -> tuple[DirectMap, jax.Array]:
+        """Returns an empty map and int32 ``[capacity]``, slots ascending by row, then NOWHERE."""
+        capacity, rows = indices.shape[0], self.slots.shape[0]
+        slot = jnp.arange(capacity, dtype=jnp.int32)
+        held = jnp.where(slot < num_rows, indices, NOWHERE)
+        if rows <= _BITMAP_ROWS_PER_SLOT * capacity:
+            rank = _rank_in_bitmap(held, rows)
+            order = jnp.full(capacity, NOWHERE, jnp.int32).at[rank].set(slot, mode="drop")
+        else:
+            held = jnp.sort(held)
+            order = self.slots.at[held].get(mode="fill", fill_value=NOWHERE)
+            # Every row held has a slot. Reading this off the slots lets the look-up feed the
+            # scatter below; otherwise XLA copies the map where the two stand in a conditional.
+            held = jnp.where(order == NOWHERE, NOWHERE, held)
+        return self.release(held), order
+
+    def release(self, ids: jax.Array) -> DirectMap:
+        """Returns the map without the rows ``ids``, all of them held or NOWHERE."""
+        return DirectMap(self.slots.at[ids].set(NOWHERE, mode="drop"))
+
+
+# A sort costs about 30 ns a slot on a CPU, a bitmap about 0.25 ns a row.
+_BITMAP_ROWS_PER_SLOT = 128
+
+
+def _rank_in_bitmap(ids: jax.Array, rows: int) -> jax.Array:
+    """How many of the distinct ``ids`` lie below each; NOWHERE for ids past the last row."""
+    word, bit = ids >> 5, (ids & 31).astype(jnp.uint32)
+    num_words = -(-rows // 32)
+    words = jnp.zeros(num_words, jnp.uint32).at[word].add(jnp.uint32(1) << bit, mode="drop")
+    return jnp.where(ids < rows, rank_in_words(words, ids), NOWHERE)
+
+
+@functools.partial(_register, data_fields=["keys", "places"])
+@dataclasses.dataclass(frozen=True)
+class HashTable:
+    """Open addressing with double hashing: ``keys`` hold the row of each place, int32 ``[places]``.
+
+    ``places`` maps places to slots, as a `DirectMap` maps rows: once each id has found its place,
+    a hash table is a direct map of its places.
+    """
+
+    keys: jax.Array
+    places: DirectMap
+
+    @classmethod
+    def empty(cls, capacity: int) -> HashTable:
+        """Returns a table that never gets fuller than about a half with ``capacity`` rows."""
+        num_places = _prime_up_to(2 * capacity)
+        return cls(jnp.full(num_places, NOWHERE, jnp.int32), DirectMap.empty(num_places))
+
+    def bid(self, ids: jax.Array, capacity: int) -> tuple[HashTable, Bid]:
+        """Enters ids, and tells how many rows are new; `settle` must follow."""
+        keys, place = _insert(self.keys, ids, capacity)
+        places, bid = self.places.bid(place, capacity)
+        return HashTable(keys, places), bid
+
+    def settle(
+        self, bid: Bid, num_rows: jax.Array, capacity: int, fits: jax.Array
+    ) -> tuple[HashTable, Claim]:
+        """Gives new rows the next free slots, or restores the table if they do not fit."""
+        places, claim = self.places.settle(bid, num_rows, capacity, fits)
+        refused = jnp.where(claim.is_first & ~fits, bid.ids, NOWHERE)
+        return HashTable(self.keys.at[refused].set(NOWHERE, mode="drop"), places), claim
+
+    def claim(self, ids: jax.Array, num_rows: jax.Array, capacity: int) -> tuple[HashTable, Claim]:
+        """Finds a slot for each id, in order of first occurrence; see the module's docstring."""
+        index, bid = self.bid(ids, capacity)
+        return index.settle(bid, num_rows, capacity, bid.fits(num_rows, capacity))
+
+    def drain(self, indices: jax.Array, num_rows: jax.Array) -> tuple[HashTable, jax.Array]:
+        """Returns an empty table and int32 ``[capacity]``, slots ascending by row, then NOWHERE."""
+        slot = jnp.arange(indices.shape[0], dtype=jnp.int32)
+        ids = jnp.sort(jnp.where(slot < num_rows, indices, NOWHERE))
+        # Sorting ids alone and looking their slots up beats sorting pairs threefold.
+        place = _find(self.keys, ids)
+        order = self.places.slots.at[place].get(mode="fill", fill_value=NOWHERE)
+        keys = self.keys.at[place].set(NOWHERE, mode="drop")
+        places = self.places.slots.at[place].set(NOWHERE, mode="drop")
+        return HashTable(keys, DirectMap(places)), order
+
+
+def _prime_up_to(bound: int) -> int:
+    """The largest prime up to ``bound >= 2``: any step of a probe then visits every place."""
+    candidate = bound
+    while any(candidate % d == 0 for d in range(2, int(candidate**0.5) + 1)):
+        candidate -= 1
+    return candidate
+
+
+def _probe_sequence(ids: jax.Array, num_places: int) -> tuple[jax.Array, jax.Array]:
+    """First place and step of each id (double hashing), int32 ``[n]`` each."""
+
+    def mix(x: jax.Array) -> jax.Array:  # the finaliser of MurmurHash3 (Appleby)
+        x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+        x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+        return x ^ (x >> 16)
+
+    first = mix(ids.astype(jnp.uint32))
+    step = mix(first + jnp.uint32(0x9E3779B9)) % jnp.uint32(max(num_places - 1, 1)) + 1
+    return (first % jnp.uint32(num_places)).astype(jnp.int32), step.astype(jnp.int32)
+
+
+def _advance(place: jax.Array, step: jax.Array, num_places: int) -> jax.Array:
+    # place + step may exceed int32, num_places - step cannot.
+    gap = num_places - step
+    return jnp.where(place >= gap, place - gap, place + step)
+
+
+_Probe = tuple[jax.Array, jax.Array, jax.Array]  # keys; place and "still probing" of each id
+
+
+def _insert(keys: jax.Array, ids: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
+    """Enters ids into the table: new keys, and the place of each id.
+
+    A gradient with more rows than the table has places would fill it and probe on for ever; where
+    the shapes do not rule that out, probing stops once more than ``capacity`` keys are in. Ids may
+    then be without a place, but those that have one are too many already.
+    """
+    num_places = keys.shape[0]
+    first, step = _probe_sequence(ids, num_places)
+
+    def unfinished(carry: _Probe) -> jax.Array:
+        keys, _, active = carry
+        if ids.shape[0] <= num_places - capacity:
+            return jnp.any(active)
+        return jnp.any(active) & (jnp.sum(keys != NOWHERE) <= capacity)
+
+    def probe(carry: _Probe) -> _Probe:
+        keys, place, active = carry
+        # Those who find their place free compete for it, and the lowest id wins; only free places
+        # are written, so no row that is held can be ousted.
+        candidate = jnp.where(active, place, NOWHERE)
+        is_free = keys.at[candidate].get(mode="fill", fill_value=0) == NOWHERE
+        keys = keys.at[jnp.where(is_free, place, NOWHERE)].min(ids, mode="drop")
+        active &= keys.at[candidate].get(mode="fill", fill_value=NOWHERE) != ids
+        return keys, jnp.where(active, _advance(place, step, num_places), place), active
+
+    # The first round stands before the loop: what it returns varies over the mesh axes of keys and
+    # ids both, as the carry of a loop under `jax.shard_map` must from the start.
+    start = probe((keys, first, ids != NOWHERE))
+    keys, place, active = jax.lax.while_loop(unfinished, probe, start)
+    return keys, jnp.where((ids == NOWHERE) | active, NOWHERE, place)
+
+
+def _find(keys: jax.Array, ids: jax.Array) -> jax.Array:
+    """Place of each id, all of them held; NOWHERE for NOWHERE."""
+    first, step = _probe_sequence(ids, keys.shape[0])
+
+    def probe(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        place, active = carry
+        active &= keys.at[jnp.where(active, place, NOWHERE)].get(mode="fill", fill_value=0) != ids
+        return jnp.where(active, _advance(place, step, keys.shape[0]), place), active
+
+    start = probe((first, ids != NOWHERE))  # see _insert
+    place, _ = jax.lax.while_loop(lambda carry: jnp.any(carry[1]), probe, start)
+    return jnp.where(ids == NOWHERE, NOWHERE, place)

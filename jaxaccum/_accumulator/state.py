@@ -1,0 +1,199 @@
+"""The accumulator's state: what it holds, what it promises, and how it begins."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import operator
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike, DTypeLike
+
+from jaxaccum._accumulator.row_index import DirectMap, HashTable
+from jaxaccum._rows.indexed_slices import canonical_shape, padding_index
+from jaxaccum._rows.public import public
+
+Reduction = Literal["mean", "mean_per_gradient", "sum"]
+
+
+@public
+class Verdict(enum.IntEnum):
+    """What became of a gradient. Compare with ``==``; inside ``jit`` it is an int32 scalar."""
+
+    ACCEPTED = 0
+    """Added to the accumulator."""
+    STALE = 1
+    """Computed before the current global step: dropped."""
+    OVERFLOW = 2
+    """More new rows than the capacity has left: nothing was added, `take` or `grow` and retry."""
+    INVALID = 3
+    """An index below zero or beyond the padding index: nothing was added."""
+
+
+@public
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=[
+        "indices",
+        "values",
+        "counts",
+        "num_rows",
+        "num_accumulated",
+        "global_step",
+        "verdict_counts",
+        "num_shared",
+        "shared_verdicts",
+        "row_index",
+    ],
+    meta_fields=["dense_shape", "dtype", "reduction"],
+)
+@dataclasses.dataclass(frozen=True)
+class AccumulatorState:
+    """Rows gathered so far. Made by `init`, never changed: functions return a new one.
+
+    Slots fill in order of first touch. Slots from ``num_rows`` on are free; their values are
+    whatever they were left with, and nothing reads them.
+
+    Attributes:
+      indices: int32 ``[capacity]``, the row each slot holds; padding in free slots.
+      values: ``[capacity, *row]`` in the accumulator dtype, the sums.
+      counts: int32 ``[capacity]``, how many gradients touched each row.
+      num_rows: int32 ``[]``, slots in use.
+      num_accumulated: int32 ``[]``, gradients accepted since the last `take`.
+      global_step: int32 ``[]``; gradients computed at an earlier step are stale.
+      verdict_counts: int32 ``[4]``, gradients by `Verdict` since `init`.
+      num_shared: int32 ``[]``, how many of ``num_accumulated`` an `all_merge` gave to every device.
+      shared_verdicts: int32 ``[4]``, the part of ``verdict_counts`` that every device has in common
+        since an `all_merge`; the next one counts it once.
+      row_index: where each row lives.
+      dense_shape: shape of the whole gradient, ``(rows or None, *row)``. Static.
+      dtype: of the gradients that come in and go out. Static.
+      reduction: ``"mean"``, ``"mean_per_gradient"`` or ``"sum"``. Static.
+    """
+
+    indices: jax.Array
+    values: jax.Array
+    counts: jax.Array
+    num_rows: jax.Array
+    num_accumulated: jax.Array
+    global_step: jax.Array
+    verdict_counts: jax.Array
+    num_shared: jax.Array
+    shared_verdicts: jax.Array
+    row_index: DirectMap | HashTable
+    dense_shape: tuple[int | None, ...]
+    dtype: np.dtype
+    reduction: Reduction
+
+    @property
+    def capacity(self) -> int:
+        """How many distinct rows there is room for."""
+        return self.indices.shape[0]
+
+
+def init(
+    dense_shape: tuple[int | None, ...],
+    dtype: DTypeLike = jnp.float32,
+    *,
+    capacity: int,
+    reduction: Reduction = "mean",
+    accumulator_dtype: DTypeLike | None = None,
+    global_step: int = 0,
+) -> AccumulatorState:
+    """Makes an empty accumulator.
+
+    Memory: ``capacity * (row bytes + 8)`` bytes, and 4 bytes for each of a known number of rows,
+    or 16 bytes for each slot of the capacity where the number of rows is unknown.
+
+    Args:
+      dense_shape: shape of the gradients as a whole, ``(rows, *row)``; ``rows`` may be ``None``
+        where the vocabulary is unknown. Then any id from 0 to ``2**31 - 2`` is a row.
+      dtype: of the gradients; any numeric JAX dtype.
+      capacity: how many distinct rows can be held at a time, at least 1.
+      reduction: what `take` makes of the sums. ``"mean"`` divides each row by the number of
+        gradients that touched *that row* (TensorFlow's rule), ``"mean_per_gradient"`` by the
+        number of all gradients accumulated (the mean of data-parallel training), ``"sum"`` by none.
+      accumulator_dtype: of the sums; by default ``dtype``, but float32 for 16-bit floats.
+      global_step: the step gradients must be computed at, or later, to be accepted.
+
+    Returns:
+      An `AccumulatorState`.
+
+    Raises:
+      ValueError: a bad shape, capacity, reduction or step.
+      TypeError: ``dtype`` is bool, quantized or no number.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum
+      >>> state = jaxaccum.init((1_000_000, 64), capacity=4096)
+      >>> state.values.shape
+      (4096, 64)
+
+    Source: TensorFlow's ``SparseConditionalAccumulator``.
+    """
+    shape = canonical_shape(dense_shape)
+    dtype = _numeric_dtype(dtype, "dtype")
+    if accumulator_dtype is None:
+        narrow = dtype.itemsize <= 2 and jnp.issubdtype(dtype, jnp.floating)
+        accumulator_dtype = jnp.float32 if narrow else dtype
+    sum_dtype = _numeric_dtype(accumulator_dtype, "accumulator_dtype")
+    if not np.can_cast(dtype, sum_dtype):
+        raise ValueError(f"accumulator_dtype {sum_dtype} cannot hold sums of dtype {dtype}")
+    capacity = operator.index(capacity)
+    if not 1 <= capacity < 2**30 + 1:
+        raise ValueError(f"capacity must be from 1 to 2**30, got {capacity}")
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
+    rows, *row = shape
+    return AccumulatorState(
+        indices=jnp.full(capacity, padding_index(shape), jnp.int32),
+        values=jnp.zeros((capacity, *row), sum_dtype),
+        counts=jnp.zeros(capacity, jnp.int32),
+        num_rows=jnp.int32(0),
+        num_accumulated=jnp.int32(0),
+        global_step=jnp.asarray(as_int32(global_step, "global_step")),
+        verdict_counts=jnp.zeros(len(Verdict), jnp.int32),
+        num_shared=jnp.int32(0),
+        shared_verdicts=jnp.zeros(len(Verdict), jnp.int32),
+        row_index=HashTable.empty(capacity) if rows is None else DirectMap.empty(rows),
+        dense_shape=shape,
+        dtype=dtype,
+        reduction=reduction,
+    )
+
+
+def as_int32(value: ArrayLike, name: str) -> jax.Array | np.int32:
+    """An int32 scalar: of one dtype, so that Python numbers and arrays share a compilation."""
+    if not isinstance(value, jax.Array):
+        host = np.asarray(value)
+        if host.dtype.kind not in "iu":
+            raise TypeError(f"{name} must be an integer, got {value!r}")
+        if host.ndim != 0:
+            raise ValueError(f"{name} must be a scalar, got shape {host.shape}")
+        if not -(2**31) <= host < 2**31:
+            raise ValueError(f"{name} must fit int32, got {value}")
+        return np.int32(host)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise TypeError(f"{name} must be an integer, got {value.dtype}")
+    if value.ndim != 0:
+        raise ValueError(f"{name} must be a scalar, got shape {value.shape}")
+    if value.dtype.itemsize >= 4 and value.dtype != jnp.int32:  # saturate rather than wrap
+        value = jnp.minimum(value, 2**31 - 1)
+        if jnp.issubdtype(value.dtype, jnp.signedinteger):
+            value = jnp.maximum(value, -(2**31))
+    return value.astype(jnp.int32)
+
+
+def _numeric_dtype(dtype: DTypeLike, name: str) -> np.dtype:
+    if "qint" in str(dtype) or "quint" in str(dtype):
+        raise TypeError(f"{name} {dtype} is quantized, and JAX has no quantized dtypes")
+    result = jnp.dtype(dtype)
+    if not jnp.issubdtype(result, jnp.number):
+        raise TypeError(f"{name} must be numeric, got {result}")
+    if jax.dtypes.canonicalize_dtype(result) != result:
+        raise TypeError(f"{name} {result} needs jax_enable_x64")
+    return result

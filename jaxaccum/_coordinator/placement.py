@@ -1,0 +1,76 @@
+"""Where the coordinator's arrays live."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
+
+from jaxaccum._accumulator.state import AccumulatorState
+from jaxaccum._coordinator.host_gradient import in_host_memory, padded_size
+
+_spec: Callable[..., PartitionSpec] = PartitionSpec  # jax leaves its constructor untyped
+
+
+class Placement:
+    """Places states, gradients and results.
+
+    Args:
+      device: a device; or a `NamedSharding` of the values, the rest being on each of its devices;
+        or ``None`` for the default device, from which results are free to move.
+
+    Attributes:
+      gradients: where gradients go, one copy on each device.
+    """
+
+    def __init__(self, device: jax.Device | NamedSharding | None) -> None:
+        self._is_default = device is None
+        if device is None:
+            with jax.ensure_compile_time_eval():
+                (device,) = jnp.zeros((), jnp.int32).devices()
+        if isinstance(device, NamedSharding):
+            # Explicit axes would ask every scatter for the sharding of its result.
+            mesh = Mesh(device.mesh.devices, device.mesh.axis_names)
+            self._values: Sharding = NamedSharding(mesh, device.spec)
+            self.gradients: Sharding = NamedSharding(mesh, _spec())
+        elif isinstance(device, jax.Device):
+            self._values = self.gradients = SingleDeviceSharding(device)
+        else:
+            raise TypeError(f"device must be a device or a NamedSharding, got {device!r}")
+
+    def place(self, state: AccumulatorState) -> AccumulatorState:
+        """Returns ``state`` in its place."""
+        placed = jax.device_put(state, self.gradients)
+        return dataclasses.replace(placed, values=jax.device_put(state.values, self._values))
+
+    def indices(self, host: np.ndarray) -> jax.Array:
+        """Returns indices taken."""
+        return jax.device_put(host, None if self._is_default else self.gradients)
+
+    def values(self, host: np.ndarray) -> jax.Array:
+        """Returns values taken: any number of rows, so they cannot be sharded along those."""
+        if self._is_default:
+            return jax.device_put(host)
+        place = self._values
+        if isinstance(place, NamedSharding):
+            place = NamedSharding(place.mesh, _spec(None, *place.spec[1:]))
+        return jax.device_put(host, place)
+
+
+def first_rows(array: jax.Array, num_rows: int) -> np.ndarray:
+    """The first rows, in host memory: cut off on the device, each number would take a program."""
+    if not in_host_memory(array):
+        array = _cut(array, min(padded_size(num_rows), array.shape[0]))
+    host = np.asarray(array)[:num_rows]
+    # JAX reads host memory in place where it can. A few rows must not keep many alive.
+    return host if 2 * num_rows > array.shape[0] else host.copy()
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _cut(array: jax.Array, size: int) -> jax.Array:
+    return array[:size]

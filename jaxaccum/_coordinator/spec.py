@@ -1,0 +1,82 @@
+"""What an accumulator is, and which arguments make sense of one."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import Any, cast
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxaccum._accumulator.state import Reduction, init
+from jaxaccum._rows.indexed_slices import UNKNOWN_ROWS_PADDING
+
+_REDUCTIONS: dict[str, Reduction] = {
+    "MEAN": "mean",
+    "SUM": "sum",
+    "MEAN_PER_GRADIENT": "mean_per_gradient",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What an accumulator is, and what all who share its name must agree on.
+
+    Attributes:
+      dtype: of the gradients.
+      shape: of the gradients; ``()`` claims nothing, ``None`` entries are open.
+      reduction: what a take makes of the sums.
+      sum_dtype: of the sums.
+    """
+
+    dtype: np.dtype
+    shape: tuple[int | None, ...]
+    reduction: Reduction
+    sum_dtype: np.dtype
+
+    @classmethod
+    def of(
+        cls,
+        dtype: DTypeLike,
+        shape: Sequence[int | None] | int | None,
+        reduction_type: str | None,
+        accumulator_dtype: DTypeLike | None,
+    ) -> Spec:
+        """Makes sense of a constructor's arguments, or raises as TensorFlow's does."""
+        if dtype is None:
+            raise TypeError("Expected DataType for argument 'dtype' not None.")
+        reduction = _REDUCTIONS.get("MEAN" if reduction_type is None else reduction_type)
+        if reduction is None:
+            allowed = ", ".join(f'"{name}"' for name in _REDUCTIONS)
+            raise ValueError(
+                "Attr 'reduction_type' of 'SparseConditionalAccumulator' Op passed string "
+                f"{reduction_type!r} not in: {allowed}."
+            )
+        # TensorFlow's own dtypes are welcome.
+        dtype = getattr(dtype, "as_numpy_dtype", dtype)
+        with jax.ensure_compile_time_eval():
+            state = init((1,), dtype, capacity=1, accumulator_dtype=accumulator_dtype)
+        return cls(state.dtype, _shape(shape), reduction, state.values.dtype)
+
+    def __str__(self) -> str:
+        """Says it in the words of the constructor."""
+        name = next(name for name, value in _REDUCTIONS.items() if value == self.reduction)
+        return f"{self.dtype}, shape {self.shape}, {name}, sums of {self.sum_dtype}"
+
+
+def _shape(shape: Sequence[int | None] | int | None) -> tuple[int | None, ...]:
+    if shape is None:
+        return ()
+    dims = [shape] if hasattr(shape, "__index__") else shape
+    result = tuple(None if d is None else operator.index(d) for d in cast("list[Any]", dims))
+    for d in result:
+        if d is not None and d < 0:
+            raise ValueError(
+                f"Error converting shape to a TensorShape: Dimension {d} must be >= 0."
+            )
+    if result and result[0] is not None and result[0] > UNKNOWN_ROWS_PADDING:
+        raise ValueError(f"shape must lie within 0 and 2**31 - 1, got {result}")
+    return result

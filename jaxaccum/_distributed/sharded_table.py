@@ -1,0 +1,224 @@
+"""Tables in shards: gradients go to the devices that own their rows, and rows to those who ask.
+
+Of ``rows`` rows and ``n`` devices, device ``i`` owns ``rows / n`` from row ``i * rows / n`` on. Ids
+are global outside the shards and local, counted from the shard's first row, inside. Letters: ``b``
+ids a device brings, ``k`` of them it can send to each owner.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import NamedTuple, cast
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxaccum._accumulator.row_index import NOWHERE, Claim, DirectMap
+from jaxaccum._accumulator.state import AccumulatorState, Verdict, as_int32
+from jaxaccum._accumulator.verbs import add_claimed, check_matches, table_rows
+from jaxaccum._distributed.exchange import AxisName, all_gather, all_to_all, axis_size
+from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
+from jaxaccum._rows.prefix_sums import count_before
+
+
+def shard_apply(
+    state: AccumulatorState,
+    grad: IndexedSlices,
+    axis_name: AxisName,
+    local_step: ArrayLike | None = None,
+    *,
+    bucket: int | None = None,
+) -> tuple[AccumulatorState, jax.Array]:
+    """Applies one gradient from each device, every row at the device that owns it.
+
+    To the shards together it is as if `apply` had seen the gradients of all devices one after the
+    other. All shards count the same gradients and verdicts; `take` is then ready on all or none,
+    and gives each the rows it owns, by local ids. A gradient that is STALE or INVALID is refused by
+    itself. OVERFLOW, however, refuses the gradients of all devices: a shard has not enough room for
+    its part of them, or a device has more than ``bucket`` slices for one owner.
+
+    Args:
+      state: the accumulator of this device's shard, of ``[rows / n, *row]``, from `shard_init`.
+      grad: this device's gradient of the whole table, ``[rows, *row]``, by global ids.
+      axis_name: the mesh or `jax.pmap` axis, or axes, the table is sharded over.
+      local_step: as in `apply`.
+      bucket: how many slices a device can send to each owner; by default all it has, which cannot
+        overflow. Bytes and time follow it: with ids spread evenly, twice the slices divided by the
+        devices is ample.
+
+    Returns:
+      The new state, and the `Verdict` of this device's gradient as an int32 scalar.
+
+    Raises:
+      TypeError: as `apply`.
+      ValueError: as `apply`; called outside ``axis_name``; or a bad ``bucket``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxaccum
+      >>> n = jax.local_device_count()
+      >>> def step(ids):
+      ...     state = jaxaccum.init((100, 1), capacity=4)  # of n * 100 rows
+      ...     grad = jaxaccum.IndexedSlices(ids, jnp.ones((2, 1)), (n * 100, 1))
+      ...     state, verdict = jaxaccum.shard_apply(state, grad, "rows")
+      ...     return state.num_accumulated, verdict
+      >>> count, verdict = jax.pmap(step, axis_name="rows")(jnp.tile(jnp.array([7, 3]), (n, 1)))
+      >>> count[0] == n
+      Array(True, dtype=bool)
+    """
+    num_devices = axis_size(axis_name)
+    shard_length = _known_rows(state)
+    rows = shard_length * num_devices
+    whole = (rows, *state.dense_shape[1:])
+    grad = as_device_slices(grad)
+    check_matches(dataclasses.replace(state, dense_shape=whole), grad)
+    step = None if local_step is None else as_int32(local_step, "local_step")
+    is_stale = jnp.bool_(False) if step is None else step < state.global_step
+    ids, is_invalid = table_rows(grad, rows)
+    ids = jnp.where(is_stale | is_invalid, NOWHERE, ids)
+    verdict = jnp.where(is_invalid, jnp.int32(Verdict.INVALID), jnp.int32(Verdict.ACCEPTED))
+    verdict = jnp.where(is_stale, jnp.int32(Verdict.STALE), verdict)
+
+    route = _route(ids, shard_length, num_devices, bucket)
+    ids = _delivered(route, route.local_ids, NOWHERE, axis_name)
+    values = _delivered(route, grad.values, 0, axis_name)
+    state, all_fit = _add_parts(state, ids, values, route.fits, axis_name)
+
+    refused = jnp.where(all_fit, jnp.int32(Verdict.ACCEPTED), jnp.int32(Verdict.OVERFLOW))
+    verdict = jnp.where(verdict == Verdict.ACCEPTED, refused, verdict)
+    kinds = jnp.arange(len(Verdict), dtype=jnp.int32)
+    tally = jnp.sum(
+        all_gather(verdict, axis_name)[:, None] == kinds[None, :], axis=0, dtype=jnp.int32
+    )
+    return dataclasses.replace(
+        state,
+        num_accumulated=state.num_accumulated + tally[Verdict.ACCEPTED],
+        verdict_counts=state.verdict_counts + tally,
+    ), verdict
+
+
+def shard_lookup(
+    shard: jax.Array, ids: jax.Array, axis_name: AxisName, *, bucket: int | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Looks rows of a sharded table up, wherever they are.
+
+    Args:
+      shard: ``[rows / n, *row]``, the rows this device owns.
+      ids: int ``[b]``, the rows this device asks for, by global ids; the padding index ``rows``
+        gives a row of zeros.
+      axis_name: the mesh or `jax.pmap` axis, or axes, the table is sharded over.
+      bucket: how many ids a device can send to each owner; by default all it has. The ids beyond
+        get rows of zeros, and the verdict says so.
+
+    Returns:
+      Rows ``[b, *row]``; and a `Verdict` as an int32 scalar: INVALID if one of this device's ids is
+      out of range, else OVERFLOW if one of its buckets is, else ACCEPTED.
+
+    Raises:
+      TypeError: ``ids`` are no integers.
+      ValueError: called outside ``axis_name``, or a bad ``bucket``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxaccum
+      >>> table = jnp.arange(8.0 * jax.local_device_count()).reshape(-1, 4, 2)
+      >>> find = jax.pmap(lambda shard, ids: jaxaccum.shard_lookup(shard, ids, "rows")[0],
+      ...                 axis_name="rows")
+      >>> find(table, jnp.full((len(table), 1), 3))[-1]
+      Array([[6., 7.]], dtype=float32)
+    """
+    num_devices = axis_size(axis_name)
+    rows = shard.shape[0] * num_devices
+    # A gradient without columns: its ids are checked and read as those of any other.
+    asked = IndexedSlices(ids, jnp.zeros((jnp.shape(ids)[0], 0), jnp.float32), (rows, 0))
+    wanted, is_invalid = table_rows(as_device_slices(asked), rows)
+    route = _route(wanted, shard.shape[0], num_devices, bucket)
+    found = shard.at[_delivered(route, route.local_ids, NOWHERE, axis_name)].get(
+        mode="fill", fill_value=0
+    )
+    found = all_to_all(found, axis_name).reshape(-1, *shard.shape[1:])
+    verdict = jnp.where(route.fits, jnp.int32(Verdict.ACCEPTED), jnp.int32(Verdict.OVERFLOW))
+    return (
+        found.at[route.place].get(mode="fill", fill_value=0),
+        jnp.where(is_invalid, jnp.int32(Verdict.INVALID), verdict),
+    )
+
+
+class _Route(NamedTuple):
+    """Where ``b`` ids go: into buckets of ``k``, one for each owner.
+
+    Attributes:
+      local_ids: int32 ``[b]``, counted from the first row of the owner's shard.
+      place: int32 ``[b]``, position among ``[n * k]``; NOWHERE if skipped or one too many.
+      source: int32 ``[n, k]``, which of the ids stands there; NOWHERE if none.
+      fits: bool ``[]``, whether no owner has more than ``k``.
+    """
+
+    local_ids: jax.Array
+    place: jax.Array
+    source: jax.Array
+    fits: jax.Array
+
+
+def _route(ids: jax.Array, shard_length: int, num_devices: int, bucket: int | None) -> _Route:
+    bucket = max(ids.shape[0], 1) if bucket is None else operator.index(bucket)
+    if bucket < 1:
+        raise ValueError(f"bucket must be at least 1, got {bucket}")
+    owner = ids // max(shard_length, 1)
+    is_owner = owner[None, :] == jnp.arange(num_devices, dtype=jnp.int32)[:, None]
+    before = jax.vmap(count_before)(is_owner & (ids != NOWHERE)[None, :])
+    rank = jnp.sum(jnp.where(is_owner, before[:, :-1], 0), axis=0, dtype=jnp.int32)
+    place = jnp.where((ids != NOWHERE) & (rank < bucket), owner * bucket + rank, NOWHERE)
+    position = jnp.arange(ids.shape[0], dtype=jnp.int32)
+    source = jnp.full(num_devices * bucket, NOWHERE, jnp.int32).at[place].set(position, mode="drop")
+    return _Route(
+        local_ids=ids - owner * shard_length,
+        place=place,
+        source=source.reshape(num_devices, bucket),
+        fits=jnp.all(before[:, -1] <= bucket),
+    )
+
+
+def _delivered(route: _Route, x: jax.Array, fill: int, axis_name: AxisName) -> jax.Array:
+    """What all devices send here of their ``x [b, ...]``: ``[n, k, ...]``."""
+    if x.shape[0] == 0:  # nothing to gather from an empty array
+        return jnp.full((*route.source.shape, *x.shape[1:]), fill, x.dtype)
+    return all_to_all(x.at[route.source].get(mode="fill", fill_value=fill), axis_name)
+
+
+def _add_parts(
+    state: AccumulatorState,
+    ids: jax.Array,
+    values: jax.Array,
+    routed: jax.Array,
+    axis_name: AxisName,
+) -> tuple[AccumulatorState, jax.Array]:
+    """Adds what each device has sent, ``[n, k]`` slices; on all shards or on none."""
+    row_index = cast(DirectMap, state.row_index)  # as its row count is known
+    row_index, claim = row_index.claim(ids.reshape(-1), state.num_rows, state.capacity)
+    refusals = all_gather(~(claim.fits & routed), axis_name)
+    all_fit = ~jnp.any(refusals)
+    # Where another shard has no room, this one gives its new slots back.
+    new_ids = jnp.where(claim.is_first & ~all_fit, ids.reshape(-1), NOWHERE)
+    state = dataclasses.replace(state, row_index=row_index.release(new_ids))
+    slot = jnp.where(all_fit, claim.slot, NOWHERE).reshape(ids.shape)
+    is_first = claim.is_first.reshape(ids.shape)
+
+    def add(state: AccumulatorState, part: tuple[jax.Array, ...]) -> tuple[AccumulatorState, None]:
+        slot, is_first, ids, values = part
+        num_new = jnp.sum(is_first, dtype=jnp.int32)
+        part_claim = Claim(slot, is_first, num_new, all_fit)
+        return add_claimed(state, part_claim, ids, values, jnp.int32(1)), None
+
+    parts = (slot, is_first, ids, values)
+    state, _ = add(state, jax.tree.map(lambda x: x[0], parts))
+    return jax.lax.scan(add, state, jax.tree.map(lambda x: x[1:], parts))[0], all_fit
+
+
+def _known_rows(state: AccumulatorState) -> int:
+    rows = state.dense_shape[0]
+    if rows is None:
+        raise ValueError(
+            f"state must have a known row count to be sharded, got dense_shape {state.dense_shape}"
+        )
+    return rows

@@ -1,0 +1,219 @@
+"""Gradients of an unchanged function whose tables come back as the rows that were looked up."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+
+from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.tables import select_tables
+from jaxaccum._sparse_grad.evaluate import evaluate
+from jaxaccum._sparse_grad.terms import Dense, SparseSum, Table, Term, joined, whole
+
+# Lookups of single entries of rows become whole rows below this many entries, whatever they cost.
+_SMALL = 2**20
+
+
+def value_and_sparse_grad(
+    fun: Callable[..., Any],
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    *,
+    tables: Any,
+    allow_dense: bool = False,
+) -> Callable[..., Any]:
+    """Makes a function that evaluates ``fun`` and its gradient, the tables' as rows.
+
+    Like ``jax.value_and_grad``, but the gradient of each leaf that ``tables`` selects is an
+    ``IndexedSlices`` with a slice for every lookup, and no array of the table's size is made.
+    ``fun`` stays as it is: it may look rows up with ``table[ids]``, ``jnp.take``, ``flax`` or
+    ``equinox`` embeddings, as often as it likes, cast to another dtype, inside ``jit``, ``vmap``,
+    ``jax.checkpoint``, ``cond``, ``scan`` and functions with rules of their own.
+
+    The backward pass is traced, the scatters into zeros at its end are taken for the rows they
+    are, and it is evaluated without them. ``fun`` is traced at every call: call the result under
+    ``jax.jit``. The values it is differentiated in are abstract, as they are under ``jax.jit``.
+
+    Args:
+      fun: as for ``jax.value_and_grad``: returns a scalar, or a scalar and auxiliary data.
+      argnums: the positional argument to differentiate in, or several.
+      has_aux: whether ``fun`` returns ``(value, aux)``.
+      tables: which leaves of the differentiated argument are tables: a predicate
+        ``(path, leaf) -> bool`` with the path as in ``jax.tree_util.tree_map_with_path``, or a tree
+        of bools that matches the argument or is a prefix of it. If ``argnums`` is a sequence, of
+        the tuple of those arguments.
+      allow_dense: returns the gradient of a table that is used otherwise than by lookups (a tied
+        softmax, a norm of all rows) as a dense array, rather than raise.
+
+    Returns:
+      A function of the arguments of ``fun`` that returns ``(value, grads)`` or
+      ``((value, aux), grads)``. The slices of a table are in no particular order and may repeat
+      rows; ids for which ``jax.grad`` drops the gradient have the padding index. An empty lookup
+      gives a gradient of no slices.
+
+    Raises:
+      ValueError: ``tables`` selects nothing, or a leaf that is never looked up, that is used
+        otherwise than by lookups (the message names the line), or that has no rows;
+        ``argnums`` names an argument twice; ``tables`` does not fit the argument.
+      TypeError: ``tables`` selects an array of integers; or what ``jax.value_and_grad`` raises.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum
+      >>> params = {"table": jnp.ones((4, 2)), "bias": jnp.zeros(2)}
+      >>> def loss(params, ids):
+      ...     return jnp.sum(params["table"][ids] * 3.0 + params["bias"])
+      >>> grad_fn = jaxaccum.value_and_sparse_grad(loss, tables={"table": True, "bias": False})
+      >>> value, grads = grad_fn(params, jnp.array([2, 0, -2]))
+      >>> grads["table"].indices
+      Array([2, 0, 2], dtype=int32)
+      >>> grads["table"].values
+      Array([[3., 3.],
+             [3., 3.],
+             [3., 3.]], dtype=float32)
+      >>> grads["bias"]
+      Array([3., 3.], dtype=float32)
+    """
+    single = not isinstance(argnums, Sequence)
+    numbers: Any = [argnums] if single else argnums
+    positions = [operator.index(n) for n in numbers]
+
+    @functools.wraps(fun)
+    def value_and_grads(*args: Any, **kwargs: Any) -> Any:
+        places = _places(positions, len(args))
+        target = args[places[0]] if single else tuple(args[place] for place in places)
+        selected = select_tables(tables, target)
+        if not any(jax.tree.leaves(selected)):
+            raise ValueError("tables selects no leaf; use jax.value_and_grad where there is none")
+
+        def dense(target: Any) -> Any:
+            full = list(args)
+            for place, value in zip(places, [target] if single else target, strict=True):
+                full[place] = value
+            return jax.value_and_grad(fun, argnums, has_aux)(*full, **kwargs)
+
+        jaxpr, shapes = jax.make_jaxpr(dense, return_shape=True)(target)
+        chosen, leaves = jax.tree.leaves(selected), jax.tree.leaves(target)
+        inputs = [
+            Table(leaf, leaf.dtype) if choice else leaf
+            for leaf, choice in zip(leaves, chosen, strict=True)
+        ]
+        others = [False] * (len(jaxpr.out_avals) - len(leaves))
+        results = evaluate(jaxpr, inputs, [*others, *chosen])
+        outcome, grads = jax.tree.unflatten(jax.tree.structure(shapes), results)
+        finish = functools.partial(_finish, jaxpr, allow_dense)
+        grads = jax.tree_util.tree_map_with_path(finish, target, grads)
+        return outcome, _after(outcome[0] if has_aux else outcome, grads)
+
+    return value_and_grads
+
+
+def _places(positions: Sequence[int], count: int) -> list[int]:
+    """``positions`` counted from the front."""
+    if not all(-count <= n < count for n in positions):
+        raise ValueError(
+            f"argnums must lie within the {count} positional arguments, got {positions}"
+        )
+    places = [n % count for n in positions]
+    if len(set(places)) < len(places):
+        raise ValueError(f"argnums must name each argument once, got {positions}")
+    return places
+
+
+def _is_kept(value: Any) -> bool:
+    return isinstance(value, SparseSum | Dense)
+
+
+def _finish(jaxpr: Any, allow_dense: bool, path: Any, leaf: Any, grad: Any) -> Any:
+    """Turns what was evaluated for a leaf into what the caller gets."""
+    if not _is_kept(grad):
+        return grad
+    name = f"leaf {jax.tree_util.keystr(path)}" if path else "the argument"
+    if isinstance(grad, SparseSum) and not grad.terms and not _holds_empty_arrays(jaxpr):
+        raise ValueError(
+            f"tables selects {name} of shape {leaf.shape}, which is never looked up, or nothing "
+            "that is looked up in it reaches the loss; leave it out of tables"
+        )
+    reason = grad.reason if isinstance(grad, Dense) else _unfit(grad, leaf.shape)
+    if not reason:
+        return _slices(grad, leaf)
+    if not allow_dense:
+        raise ValueError(
+            f"tables selects {name} of shape {leaf.shape}, whose gradient is dense: {reason}. Look "
+            "up rows alone (table[ids]), leave the leaf out of tables, or pass allow_dense=True to "
+            "get such gradients as dense arrays"
+        )
+    return grad.value if isinstance(grad, Dense) else whole(grad, leaf)
+
+
+def _holds_empty_arrays(jaxpr: Any) -> bool:
+    """Whether a lookup may be missing because JAX makes none of no ids."""
+    inner = getattr(jaxpr, "jaxpr", jaxpr)
+    atoms = itertools.chain(*([*eqn.invars, *eqn.outvars] for eqn in inner.eqns))
+    return any(0 in getattr(atom.aval, "shape", ()) for atom in atoms) or any(
+        map(_holds_empty_arrays, core.subjaxprs(inner))
+    )
+
+
+def _unfit(grad: Any, shape: tuple[int, ...]) -> str:
+    """Why the terms of ``grad`` make no rows, if they do not."""
+    for term in grad.terms:
+        origin = term.origin or "a branch"
+        if 0 not in term.axes:
+            return f"{origin} looks up slices along another axis than the first"
+        size = len(term.values) * math.prod(shape[1:])
+        if len(term.axes) > 1 and size > max(_SMALL, math.prod(shape)):
+            return f"{origin} looks up single entries, whose whole rows take {size} numbers"
+    return ""
+
+
+def _slices(grad: Any, leaf: Any) -> IndexedSlices:
+    shape, dtype = leaf.shape, leaf.dtype
+    filler = Term((jnp.zeros(0, jnp.int32),), jnp.zeros((0, *shape[1:]), dtype), (0,), shape)
+    rows = [_whole_rows(term) for term in grad.terms] or [filler]
+    total = joined(rows)
+    return IndexedSlices(total.coords[0], total.values, shape)
+
+
+def _after(value: jax.Array, grads: Any) -> Any:
+    """Makes the indices of the gradients depend on the loss, which they equal without it.
+
+    Rows that are read for the loss alone could otherwise be read after the update that uses the
+    gradients, and XLA would copy a donated table to keep what it held: 80 ms for 256 MB (measured).
+    A barrier does not outlive XLA's early passes (0.10.2). min(i, max(i, v)) is i, unknown to XLA.
+    """
+    own = _varying(value)
+
+    def tie(grad: Any) -> Any:
+        # What is alike on all devices must not come to depend on a loss that is not.
+        if not isinstance(grad, IndexedSlices) or not own <= _varying(grad.indices):
+            return grad
+        last = jnp.maximum(grad.indices, value.astype(jnp.int32))
+        return dataclasses.replace(grad, indices=jnp.minimum(grad.indices, last))
+
+    return jax.tree.map(tie, grads, is_leaf=lambda grad: isinstance(grad, IndexedSlices))
+
+
+def _varying(value: jax.Array) -> frozenset[str]:
+    """The axes of an enclosing shard_map along which ``value`` varies."""
+    kind = getattr(jax.typeof(value), "manual_axis_type", None)
+    return getattr(kind, "varying", frozenset())
+
+
+def _whole_rows(term: Term) -> Term:
+    if len(term.axes) == 1:
+        return term
+    row, *others = term.coords
+    count = len(row)
+    shape = (count, *term.shape[1:])
+    each = Term((jnp.arange(count, dtype=jnp.int32), *others), term.values, term.axes, shape)
+    values = each.add_to(jnp.zeros(shape, term.values.dtype))
+    return Term((row,), values, (0,), term.shape)

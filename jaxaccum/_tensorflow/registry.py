@@ -1,0 +1,40 @@
+"""Names of accumulators in this process: unique ones, and shared ones.
+
+All references are weak: dropping the last handle frees an accumulator and its names.
+"""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import weakref
+from collections.abc import Callable
+
+from jaxaccum._coordinator.coordinator import Coordinator
+from jaxaccum._coordinator.spec import Spec
+
+_lock = threading.RLock()
+_named: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
+_shared: weakref.WeakValueDictionary[str, Coordinator] = weakref.WeakValueDictionary()
+
+
+def unique_name(name: str, owner: object) -> str:
+    """Returns ``name``, with a number appended if another living object has it."""
+    with _lock:
+        candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
+        unique = next(candidate for candidate in candidates if candidate not in _named)
+        _named[unique] = owner
+        return unique
+
+
+def shared(shared_name: str, spec: Spec, make: Callable[[], Coordinator]) -> Coordinator:
+    """Returns the open accumulator of that name, made if there is none."""
+    with _lock:
+        core = _shared.get(shared_name)
+        if core is None or core.is_closed:
+            core = _shared[shared_name] = make()
+        elif core.spec != spec:
+            raise ValueError(
+                f"shared_name {shared_name!r} is that of an accumulator of {core.spec}, not {spec}"
+            )
+        return core

@@ -1,0 +1,596 @@
+"""Waiting, leaving, closing, interrupting; and everything at once."""
+
+import asyncio
+import collections
+import gc
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import textwrap
+import threading
+import weakref
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import takers
+
+import jaxaccum
+from jaxaccum._coordinator.coordinator import Coordinator, Waiter
+
+# Seeds of the stress test. The gate runs a hundred; see its slower part.
+STRESS_SEEDS = int(os.environ.get("JAXACCUM_STRESS_SEEDS", "3"))
+
+
+def rows_of(grad):
+    return dict(
+        zip(np.asarray(grad.indices).tolist(), np.asarray(grad.values).tolist(), strict=True)
+    )
+
+
+@pytest.fixture
+def watch(monkeypatch):
+    return takers.Watch(monkeypatch)
+
+
+# Time.
+
+
+@pytest.mark.parametrize("timeout", [0, 0.0, -1, 0.01])
+def test_a_take_that_times_out_takes_nothing(timeout):
+    acc = takers.accumulator()
+    acc.apply_grad([1], [2])
+    with pytest.raises(jaxaccum.DeadlineExceededError, match="Timed out waiting for notification"):
+        acc.take_grad(2, timeout=timeout)
+    assert acc.statistics()["waiting"] == 0
+    assert acc.statistics()["global_step"] == 0
+    assert rows_of(acc.take_grad(1, timeout=timeout)) == {1: 2}
+
+
+def test_timeouts_may_be_endless_but_not_nan():
+    acc = takers.accumulator()
+    acc.apply_grad([1], [2])
+    assert rows_of(acc.take_grad(1, timeout=float("inf"))) == {1: 2}
+    with pytest.raises(ValueError, match="NaN"):
+        acc.take_grad(1, timeout=float("nan"))
+
+
+def test_a_head_that_times_out_lets_the_next_be_served_at_once(watch):
+    acc = takers.accumulator()
+    head, small, large = (watch.take(acc, n) for n in (3, 1, 2))
+    acc.apply_grad([1], [2])
+    assert takers.waiting(acc) == [head.waiter, small.waiter, large.waiter]
+    watch.expire(head)
+    assert rows_of(small.result()) == {1: 2}
+    with pytest.raises(jaxaccum.DeadlineExceededError):
+        head.result()
+    assert takers.waiting(acc) == [large.waiter]
+    assert acc.num_accumulated() == 0
+    acc.close()
+
+
+def test_a_taker_served_as_its_time_runs_out_gets_its_gradient(watch):
+    """Served and expired at once: whoever holds the lock first decides, and nothing is lost."""
+    acc = takers.accumulator()
+    taker = watch.take(acc, 1)
+    watch.late.append(taker.waiter.wake.__self__)
+    acc.apply_grad([1], [2])
+    assert rows_of(taker.result()) == {1: 2}
+
+
+# Closing.
+
+
+def calls(acc):
+    return [
+        lambda: acc.apply_grad([1], [1]),
+        lambda: acc.apply_grad([1], [1], local_step=-1),
+        lambda: acc.take_grad(1),
+        lambda: acc.take_indexed_slices_grad(1, timeout=0),
+        lambda: asyncio.run(acc.take_grad_async(1)),
+        lambda: acc.set_global_step(1),
+        acc.num_accumulated,
+        acc.statistics,
+        acc.state_dict,
+        lambda: acc.load_state_dict({}),
+    ]
+
+
+def test_closing_cancels_every_waiter_and_later_calls_raise(watch):
+    with takers.accumulator() as acc:
+        waiting = [watch.take(acc, n) for n in (3, 1, 2)]
+        acc.apply_grad([1], [2])
+    for taker in waiting:
+        with pytest.raises(jaxaccum.CancelledError, match="TakeGrad operation was cancelled"):
+            taker.result()
+    acc.close()
+    for call in calls(acc):
+        with pytest.raises(jaxaccum.CancelledError, match="closed"):
+            call()
+
+
+def test_an_interrupted_close_is_closed_and_the_next_one_finishes_it(watch):
+    """Ctrl-C as the first waiter is woken: nobody gets in, and nobody is left behind."""
+    acc = takers.accumulator()
+    core, seen = acc.accumulator_ref, []
+
+    def wake():
+        seen.append(type(waiter.outcome[0]))
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+
+    waiter = Waiter(2, wake)
+    core._enqueue(waiter)
+    taker = watch.take(acc, 1)
+    with pytest.raises(KeyboardInterrupt):
+        acc.close()
+    for call in calls(acc):
+        with pytest.raises(jaxaccum.CancelledError, match="closed"):
+            call()
+    acc.close()
+    assert seen == [jaxaccum.CancelledError] * 2
+    with pytest.raises(jaxaccum.CancelledError, match="TakeGrad operation was cancelled"):
+        taker.result()
+
+
+def test_whoever_is_woken_by_closing_finds_it_closed():
+    acc = takers.accumulator()
+    core, errors = acc.accumulator_ref, []
+
+    def wake():
+        for call in (lambda: acc.apply_grad([1], [1]), acc.num_accumulated, acc.state_dict):
+            with pytest.raises(jaxaccum.CancelledError, match="closed") as raised:
+                call()
+            errors.append(raised.value)
+
+    core._enqueue(Waiter(2, wake))
+    acc.close()
+    assert len(errors) == 3
+
+
+def test_closing_frees_what_was_held_staged_and_unclaimed(monkeypatch):
+    acc = takers.accumulator()
+    core = acc.accumulator_ref
+
+    def die(*_, **__):
+        raise SystemExit
+
+    acc.apply_grad([1], [2])
+    with monkeypatch.context() as patch:
+        patch.setattr(Coordinator, "_collect", die)
+        with pytest.raises(SystemExit):
+            acc.take_grad(1)
+    acc.apply_grad([1], [2], local_step=1)
+    (unclaimed,) = core._unclaimed[0].outcome
+    held = [*core._state._box[0], core._state._stage.values, *unclaimed.arrays]
+    held = [weakref.ref(array) for array in held]
+    del unclaimed
+    gc.collect()
+    assert all(ref() is not None for ref in held)
+    acc.close()
+    gc.collect()
+    assert all(ref() is None for ref in held)
+
+
+# A thread that dies while it waits, and one that does after it was served.
+
+
+@pytest.mark.parametrize("death", [KeyboardInterrupt, SystemExit])
+def test_what_a_dead_taker_was_served_goes_to_the_next(death, monkeypatch):
+    acc = takers.accumulator()
+    acc.apply_grad([1], [2])
+    acc.apply_grad([1], [3])
+
+    def die(*_, **__):
+        raise death
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Coordinator, "_collect", die)
+        with pytest.raises(death):
+            acc.take_grad(2)
+    stats = acc.statistics()
+    assert (stats["unclaimed"], stats["num_accumulated"], stats["global_step"]) == (1, 0, 1)
+    acc.apply_grad([7], [7], local_step=1)
+    with pytest.raises(jaxaccum.DeadlineExceededError):
+        acc.take_grad(3, timeout=0)  # neither the two nor the one are enough
+    assert rows_of(acc.take_grad(2)) == {1: 5}
+    assert rows_of(acc.take_grad(1)) == {7: 7}
+    assert acc.statistics()["unclaimed"] == 0
+
+
+def test_a_dead_waiter_leaves_the_queue(watch, monkeypatch):
+    acc = takers.accumulator()
+    caught = []
+
+    def died(*_):
+        caught.append(True)
+        return True
+
+    monkeypatch.setattr(threading, "excepthook", died)
+    head = watch.take(acc, 2)
+    second = watch.take(acc, 1)
+    event = head.waiter.wake.__self__
+    expire, event.wait = event.set, None
+
+    def interrupt(waiter):
+        raise SystemExit
+
+    monkeypatch.setattr(acc.accumulator_ref, "_expire", interrupt)
+    watch.late.append(event)
+    expire()
+    head.join(takers.PATIENCE)
+    assert takers.waiting(acc) == [second.waiter]
+    acc.apply_grad([1], [2])
+    assert rows_of(second.result()) == {1: 2}
+
+
+def test_an_apply_that_fails_wedges_nobody(watch, monkeypatch):
+    acc = takers.accumulator()
+    taker = watch.take(acc, 1)
+    state = acc.accumulator_ref._state
+
+    def fail(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(state), "add", fail)
+        with pytest.raises(MemoryError):
+            acc.apply_grad([1], [1])
+    assert takers.waiting(acc) == [taker.waiter]
+    acc.apply_grad([1], [2])
+    assert rows_of(taker.result()) == {1: 2}
+
+
+def test_a_take_that_fails_is_the_takers_concern(watch, monkeypatch):
+    acc = takers.accumulator()
+    first, second = watch.take(acc, 1), watch.take(acc, 1)
+    state, fails = acc.accumulator_ref._state, [True]
+    take = type(state).take
+
+    def flaky(self, outcome):
+        if fails:
+            raise MemoryError(fails.pop())
+        take(self, outcome)
+
+    monkeypatch.setattr(type(state), "take", flaky)
+    assert acc.apply_grad([1], [2])
+    with pytest.raises(MemoryError):
+        first.result()
+    assert rows_of(second.result()) == {1: 2}
+
+
+DISPATCHES = {
+    "apply": lambda acc: acc.apply_grad(np.arange(32) % 16, jnp.ones(32, jnp.int32)),
+    "statistics": lambda acc: acc.statistics(),
+    "state_dict": lambda acc: acc.state_dict(),
+}
+
+
+def lose_the_state(acc):
+    for leaf in acc.accumulator_ref._state._box[0]:
+        leaf.delete()
+
+
+@pytest.mark.parametrize("call", DISPATCHES)
+def test_losing_the_state_is_loud(call, watch, caplog):
+    """Were a dispatch to fail after its buffers were given away, nobody would wait in vain."""
+    acc = takers.accumulator()
+    acc.apply_grad([1], [2])
+    taker = watch.take(acc, 2)
+    lose_the_state(acc)
+    with pytest.raises(RuntimeError, match="deleted"):
+        DISPATCHES[call](acc)
+    with pytest.raises(jaxaccum.CancelledError):
+        taker.result()
+    assert "lost its rows" in caplog.text
+
+
+def test_a_take_that_loses_the_state_closes(caplog):
+    acc = takers.accumulator()
+    acc.apply_grad([1], [2])
+    lose_the_state(acc)
+    with pytest.raises(RuntimeError, match="deleted"):
+        acc.take_grad(1)
+    assert "lost its rows" in caplog.text
+    with pytest.raises(jaxaccum.CancelledError, match="closed"):
+        acc.num_accumulated()
+
+
+# Signals. In processes of their own, for they concern the main thread.
+
+
+def run(program):
+    # What a shell starts in the background is born deaf to Ctrl-C, and so are its children.
+    hearing = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    result = subprocess.run(
+        [sys.executable, "-c", hearing + textwrap.dedent(program)],
+        cwd=pathlib.Path(__file__).parents[1] / "helpers",
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(jaxaccum.__file__).parents[1])},
+        timeout=takers.PATIENCE * 2,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_ctrl_c_interrupts_a_take():
+    assert "interrupted, then [5]" in run("""
+        import os, signal, threading, takers
+        from jaxaccum._coordinator.coordinator import Coordinator
+
+        acc, enqueue, waits = takers.accumulator(), Coordinator._enqueue, threading.Event()
+
+        def watched(core, waiter):
+            enqueue(core, waiter)
+            waits.set()
+
+        def press():
+            waits.wait(takers.PATIENCE)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        Coordinator._enqueue = watched
+        threading.Thread(target=press).start()
+        try:
+            acc.take_grad(1)
+        except KeyboardInterrupt:
+            assert acc.statistics()["waiting"] == 0
+            acc.apply_grad([1], [5])
+            print("interrupted, then", acc.take_grad(1).values.tolist())
+    """)
+
+
+@pytest.mark.parametrize(("values", "between"), [("numpy", 5), ("numpy", 100), ("jax", 5)])
+def test_ctrl_c_at_any_moment_tears_nothing(values, between):
+    """A storm of signals, each raising wherever the main thread happens to be.
+
+    NumPy's are staged, and sent by a take or, when it takes long to come, by an apply; those of JAX
+    are dispatched one by one.
+    """
+    assert "consistent" in run(
+        f"""
+        import signal, takers, numpy as np, jax.numpy as jnp
+
+        acc = takers.accumulator(shape=(64,), capacity=64)
+        ids, ones = np.arange(32), {"np" if values == "numpy" else "jnp"}.ones(32, jnp.int32)
+        for n in range(1, 12):  # compiled in peace: jit's first call of a kind runs Python code
+            for _ in range(n):
+                acc.apply_grad(ids, ones, local_step=1 << 40)
+            acc.take_grad(n)
+
+        class Storm(Exception):
+            pass
+
+        def strike(*_):
+            raise Storm
+
+        signal.signal(signal.SIGALRM, strike)
+        struck = 0
+        rng = np.random.default_rng(0)
+        for k in range(3000):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, float(rng.uniform(1e-6, 60e-6)))
+                acc.apply_grad(ids, ones, local_step=1 << 40)
+                if k % {between} == 0:
+                    acc.take_grad(1, timeout=0)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except Storm:
+                struck += 1
+
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        stats, state = acc.statistics(), acc.state_dict()
+        assert stats["waiting"] == 0, stats
+        assert state["num_accumulated"] == acc.num_accumulated() <= stats["accepted"]
+        held = int(state["values"][0]) if len(state["values"]) else 0
+        assert held == acc.num_accumulated(), (held, stats)
+        assert struck > 300, struck
+        print("consistent", struck)
+    """
+    )
+
+
+def test_a_signal_handler_may_close_what_its_thread_waits_for():
+    assert "cancelled" in run("""
+        import os, signal, threading, takers
+        from jaxaccum._coordinator.coordinator import Coordinator
+
+        acc, enqueue, waits = takers.accumulator(), Coordinator._enqueue, threading.Event()
+        signal.signal(signal.SIGTERM, lambda *_: acc.close())
+
+        def watched(core, waiter):
+            enqueue(core, waiter)
+            waits.set()
+
+        def press():
+            waits.wait(takers.PATIENCE)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        Coordinator._enqueue = watched
+        threading.Thread(target=press).start()
+        try:
+            acc.take_grad(1)
+        except takers.jaxaccum.CancelledError as error:
+            print(error)
+    """)
+
+
+# asyncio.
+
+
+def test_async_takers_queue_with_the_others(watch):
+    async def main():
+        acc = takers.accumulator()
+        thread = watch.take(acc, 1)
+        tasks = [asyncio.create_task(acc.take_grad_async(1)) for _ in range(2)]
+        slices = asyncio.create_task(acc.take_indexed_slices_grad_async(1))
+        while len(takers.waiting(acc)) < 4:
+            await asyncio.sleep(0)
+        results = []
+        for k, task in enumerate([None, *tasks, slices]):
+            acc.apply_grad([k], [k + 1], local_step=k)
+            results.append(thread.result() if task is None else await task)
+        return [rows_of(grad) for grad in results]
+
+    assert asyncio.run(main()) == [{0: 1}, {1: 2}, {2: 3}, {3: 4}]
+
+
+def test_cancelled_tasks_leave_the_queue_and_lose_nothing():
+    async def main():
+        acc = takers.accumulator()
+        head = asyncio.create_task(acc.take_grad_async(2))
+        second = asyncio.create_task(acc.take_grad_async(1))
+        while len(takers.waiting(acc)) < 2:
+            await asyncio.sleep(0)
+        acc.apply_grad([1], [2])
+        head.cancel()
+        assert rows_of(await second) == {1: 2}
+        # Served first, and cancelled before the loop gets round to it.
+        third = asyncio.create_task(acc.take_grad_async(1))
+        while not takers.waiting(acc):
+            await asyncio.sleep(0)
+        acc.apply_grad([3], [4], local_step=1)
+        third.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await third
+        assert rows_of(await acc.take_grad_async(1)) == {3: 4}
+        with pytest.raises(jaxaccum.DeadlineExceededError):
+            await acc.take_grad_async(1, timeout=0.01)
+        closing = asyncio.create_task(acc.take_grad_async(1))
+        while not takers.waiting(acc):
+            await asyncio.sleep(0)
+        acc.close()
+        with pytest.raises(jaxaccum.CancelledError):
+            await closing
+
+    asyncio.run(main())
+
+
+def test_a_closed_event_loop_does_not_keep_its_gradient():
+    acc = takers.accumulator()
+    loop = asyncio.new_event_loop()
+    task = loop.create_task(acc.take_grad_async(1))
+    while not takers.waiting(acc):
+        loop.run_until_complete(asyncio.sleep(0))
+    loop.close()
+    acc.apply_grad([3], [4])
+    assert rows_of(acc.take_grad(1)) == {3: 4}
+    with pytest.raises(RuntimeError):
+        task.get_coro().throw(RuntimeError)
+    task._log_destroy_pending = False
+    del task
+    gc.collect()
+
+
+# Everything at once.
+
+NUM_APPLIERS, NUM_TAKERS, NUM_GRADIENTS, NUM_ROWS = 16, 4, 6, 97
+
+
+class Storm:
+    """Appliers and takers with minds of their own, all decided by the seed."""
+
+    def __init__(self, seed, capacity):
+        self.acc = takers.accumulator(
+            dtype="int32", shape=(None, 2), reduction_type="SUM", capacity=capacity
+        )
+        self.seed = seed
+        self.sent = collections.Counter()
+        self.received = collections.Counter()
+        self.num_sent = self.num_stale = 0
+        self.errors = []
+        self.lock = threading.Lock()
+        self.start = threading.Barrier(NUM_APPLIERS + NUM_TAKERS + 1, timeout=takers.PATIENCE)
+
+    def applier(self, number):
+        rng = np.random.default_rng((self.seed, number))
+        self.start.wait()
+        for _k in range(NUM_GRADIENTS):
+            n = int(rng.integers(0, 60))
+            ids = rng.integers(0, NUM_ROWS, n)
+            values = rng.integers(-1000, 1000, (n, 2)).astype(np.int32)
+            kind = rng.random()
+            if kind < 0.1:
+                with pytest.raises(jaxaccum.InvalidArgumentError):
+                    self.acc.apply_grad([-1], [[1, 1]], local_step=1 << 40)
+            if kind > 0.9:
+                self.acc.set_global_step(int(rng.integers(0, 5)))
+            local_step = int(rng.integers(0, 8)) if kind < 0.5 else 1 << 40
+            accepted = self.acc.apply_grad(ids, values, local_step=local_step)
+            with self.lock:
+                if accepted:
+                    self.num_sent += 1
+                    for i, row in zip(ids.tolist(), values.tolist(), strict=True):
+                        for column, value in enumerate(row):
+                            self.sent[i, column] += value
+                else:
+                    self.num_stale += 1
+
+    def taker(self, number):
+        rng = random.Random(self.seed * 1000 + number)
+        self.start.wait()
+        while True:
+            timeout = rng.choice([0, 1e-4, 1e-3, takers.PATIENCE])
+            try:
+                grad = self.acc.take_grad(rng.randint(1, 6), timeout=timeout)
+            except jaxaccum.DeadlineExceededError:
+                continue
+            except jaxaccum.CancelledError:
+                return
+            self.receive(grad)
+
+    def receive(self, grad):
+        indices, values = np.asarray(grad.indices), np.asarray(grad.values)
+        assert (np.diff(indices) > 0).all()
+        with self.lock:
+            for i, row in zip(indices.tolist(), values.tolist(), strict=True):
+                for column, value in enumerate(row):
+                    self.received[i, column] += value
+
+    def guarded(self, role, number):
+        try:
+            role(number)
+        except BaseException as error:
+            self.errors.append(error)
+
+    def run(self):
+        threads = [
+            threading.Thread(target=self.guarded, args=(role, number), daemon=True)
+            for role, count in ((self.applier, NUM_APPLIERS), (self.taker, NUM_TAKERS))
+            for number in range(count)
+        ]
+        for thread in threads:
+            thread.start()
+        self.start.wait()
+        for thread in threads[:NUM_APPLIERS]:
+            thread.join(takers.PATIENCE)
+        self.rest()
+        self.acc.close()
+        for thread in threads[NUM_APPLIERS:]:
+            thread.join(takers.PATIENCE)
+        assert not self.errors
+        assert not any(thread.is_alive() for thread in threads)
+
+    def rest(self):
+        """Feeds the takers until nothing is left, and looks at the books."""
+        while (stats := self.acc.statistics())["num_accumulated"] or stats["unclaimed"]:
+            # Nothing but a count, for those who wait for more gradients than there are.
+            self.acc.apply_grad([], np.zeros((0, 2), np.int32), local_step=1 << 40)
+            self.num_sent += 1
+        assert stats["accepted"] == self.num_sent
+        assert stats["stale"] == self.num_stale
+        assert stats["rows"] == 0
+
+
+@pytest.mark.parametrize("seed", range(STRESS_SEEDS))
+def test_every_accepted_value_is_taken_once(seed):
+    before = set(threading.enumerate())
+    storm = Storm(seed, capacity=(1, 64, 4096)[seed % 3])
+    storm.run()
+    assert {k: v for k, v in storm.sent.items() if v} == {
+        k: v for k, v in storm.received.items() if v
+    }
+    assert storm.num_sent + storm.num_stale >= NUM_APPLIERS * NUM_GRADIENTS
+    assert set(threading.enumerate()) <= before

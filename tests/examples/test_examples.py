@@ -1,0 +1,100 @@
+"""The Flax and the Equinox example: they learn, and their sparse step is the dense one."""
+
+import functools
+import pathlib
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
+
+import equinox_word_embeddings as words
+import flax_recommender as recommender
+
+NUM_SENSES = 60
+
+
+@pytest.fixture
+def ring(tmp_path) -> pathlib.Path:
+    """Senses in a ring: who follows whom, who precedes whom, and who is opposite."""
+    senses = np.arange(NUM_SENSES, dtype=np.int32)
+    triples = np.concatenate([
+        np.stack([senses, np.full_like(senses, r), np.roll(senses, -shift)], axis=1)
+        for r, shift in enumerate((1, -1, NUM_SENSES // 2))
+    ])  # fmt: skip
+    names = {"entities": "\n".join(map(str, senses)), "relations": "next\nprevious\nopposite"}
+    path = tmp_path / "ring.npz"
+    np.savez(path, train=triples, valid=triples[::2], test=triples[::3], **names)
+    return path
+
+
+def test_the_recommender_learns_the_ring(ring, capsys):
+    recommender.main(["--data", str(ring), "--epochs=25", "--dim=16", "--batch=30"])
+    printed = capsys.readouterr().out
+    epochs = re.findall(r"│ +\d+ +│ ([0-9.]+) +│ ([0-9.]+) +│", printed)
+    losses, recalls = np.array(epochs, float).T
+    assert len(losses) == 25
+    assert losses[0] > 2.5  # a guess among 30 gets log(30) = 3.4
+    assert losses[-1] < 1
+    assert recalls[-1] > 0.9  # a guess gets 10 of 59
+    assert float(re.search(r"test set: ([0-9.]+)", printed).group(1)) > 0.9
+
+
+def test_a_step_of_the_recommender_is_that_of_dense_gradients():
+    model = recommender.TwoTowers(NUM_SENSES, 3, 8)
+    batches = np.random.default_rng(0).integers(0, [20, 3, 20], (3, 30, 3)).astype(np.int32)
+    params = jax.jit(model.init)(jax.random.key(0), batches[0])
+    tx, step = recommender.make_step(model, 0.1)
+    expected, plain = params, optax.adagrad(0.1, 0.0)
+    ours, state, plain_state = jax.tree.map(jnp.copy, params), tx.init(params), plain.init(params)
+    dense_grads = jax.jit(jax.value_and_grad(functools.partial(recommender.in_batch_loss, model)))
+    for batch in batches:
+        ours, state, loss = step(ours, state, batch)
+        dense_loss, grads = dense_grads(expected, batch)
+        updates, plain_state = plain.update(grads, plain_state, expected)
+        expected = optax.apply_updates(expected, updates)
+        np.testing.assert_allclose(loss, dense_loss, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), ours, expected
+    )
+    table, before = (tree["params"]["sense"]["embedding"] for tree in (ours, params))
+    np.testing.assert_array_equal(table[20:], before[20:])
+
+
+def test_word_embeddings_learn(capsys):
+    words.main(["--words=20000", "--steps=150", "--dim=16", "--batch=512", "--min-count=5"])
+    printed = capsys.readouterr().out
+    first, last = map(float, re.search(r"loss ([0-9.]+) at first, ([0-9.]+) at", printed).groups())
+    assert last < 0.9 * first < 0.9 * 9 * np.log(2) + 1e-3  # nine products of zero at first
+    probes = [word for word in words.PROBES if re.search(rf"│ {word} +│ (\w+, ){{5}}", printed)]
+    assert probes
+
+
+@pytest.mark.parametrize(
+    ("example", "options", "message"),
+    [
+        (words, ["--dim=0"], "equinox_word_embeddings: dim must be positive\n"),
+        (words, ["--words=10"], "equinox_word_embeddings: too few words in the library's text\n"),
+        (recommender, ["--batch=0"], "flax_recommender: --batch, --epochs and --dim must be "),
+        (recommender, ["--data=/nowhere/graph.npz"], "flax_recommender: [Errno 2] No such file"),
+    ],
+)
+def test_bad_options_are_told_in_one_line(example, options, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        example.main(options)
+    assert error.value.code == 2
+    printed = capsys.readouterr()
+    assert printed.err.startswith(message)
+    assert (printed.out, len(printed.err.splitlines())) == ("", 1)
+
+
+def test_pairs_are_all_words_within_the_window():
+    pairs = words.pairs_of(np.array([5, 6, 7, 8]), window=2)
+    near = [(5, 6), (6, 7), (7, 8), (5, 7), (6, 8)]
+    assert sorted(map(tuple, pairs.tolist())) == sorted(near + [(b, a) for a, b in near])
+    assert pairs.dtype == np.int32
