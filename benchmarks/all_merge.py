@@ -101,7 +101,7 @@ def merge_by_owner(state: Any, num_devices: int) -> Any:
     share, bucket = ROWS // num_devices, 2 * TOUCHED // num_devices
     shard = jaxaccum.init((share, WIDTH), capacity=TOUCHED * 2, reduction="sum")
     grad = jaxaccum.IndexedSlices(state.indices[:TOUCHED], state.values[:TOUCHED], (ROWS, WIDTH))
-    shard, _ = jaxaccum.shard_apply(shard, grad, "data", bucket=bucket)
+    shard, _ = jaxaccum.all_apply(shard, grad, "data", bucket=bucket)
     _, part, _ = jaxaccum.take(shard)
     first = jax.lax.axis_index("data").astype(jnp.int32) * share
     ids = jnp.where(part.row_mask, part.indices + first, ROWS)
@@ -166,7 +166,7 @@ def sharded() -> list[dict[str, Any]]:
 
     def apply(bucket: int | None, state: Any, ids: jax.Array, values: jax.Array) -> Any:
         grad = jaxaccum.IndexedSlices(ids, values, (ROWS, WIDTH))
-        return jaxaccum.shard_apply(state, grad, "data", bucket=bucket)
+        return jaxaccum.all_apply(state, grad, "data", bucket=bucket)
 
     def gather_and_filter(state: Any, ids: jax.Array, values: jax.Array) -> Any:
         first = jax.lax.axis_index("data").astype(jnp.int32) * share
@@ -180,8 +180,8 @@ def sharded() -> list[dict[str, Any]]:
 
     even = 2 * TOUCHED // NUM_DEVICES
     functions = {
-        "shard_apply": functools.partial(apply, None),
-        f"shard_apply, bucket={even}": functools.partial(apply, even),
+        "all_apply": functools.partial(apply, None),
+        f"all_apply, bucket={even}": functools.partial(apply, even),
         "gather all, filter own": gather_and_filter,
     }
     rows = measured_sharded(mesh, functions, fresh, (ids, values))
@@ -190,10 +190,8 @@ def sharded() -> list[dict[str, Any]]:
         NamedSharding(mesh, PartitionSpec("data")),
     )
     lookups = {
-        "shard_lookup": lambda t, i: jaxaccum.shard_lookup(t, i, "data"),
-        f"shard_lookup, bucket={even}": lambda t, i: jaxaccum.shard_lookup(
-            t, i, "data", bucket=even
-        ),
+        "all_lookup": lambda t, i: jaxaccum.all_lookup(t, i, "data"),
+        f"all_lookup, bucket={even}": lambda t, i: jaxaccum.all_lookup(t, i, "data", bucket=even),
     }
     compiled = {n: on_mesh(mesh, f).lower(table, ids).compile() for n, f in lookups.items()}
     steps = {n: functools.partial(c, table, ids) for n, c in compiled.items()}

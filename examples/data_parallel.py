@@ -44,7 +44,7 @@ def init(mesh: Mesh, graph: model.Graph, args: argparse.Namespace) -> Training:
     shared = jaxaccum.shard_rows((params, jax.tree.map(jnp.zeros_like, params)), mesh, AXIS,
                                  num_rows=0)  # fmt: skip
     pending = model.init_accumulators(params, capacity)
-    return Training(*shared, model.Tables(*(jaxaccum.per_device(p, mesh, AXIS) for p in pending)))
+    return Training(*shared, model.Tables(*(jaxaccum.replicate(p, mesh, AXIS) for p in pending)))
 
 
 def device_step(

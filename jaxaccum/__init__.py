@@ -5,9 +5,9 @@ from jaxaccum._accumulator.state import AccumulatorState, Verdict, init
 from jaxaccum._accumulator.verbs import apply, grow, merge, num_accumulated, set_step, take
 from jaxaccum._coordinator.errors import CancelledError, DeadlineExceededError, InvalidArgumentError
 from jaxaccum._distributed.all_merge import all_merge, all_take
-from jaxaccum._distributed.mesh import per_device, row_specs, shard_init, shard_rows
-from jaxaccum._distributed.sharded_table import shard_apply, shard_lookup
-from jaxaccum._optimizers.accumulate import AccumulateState, accumulate
+from jaxaccum._distributed.mesh import replicate, shard_init, shard_rows, shard_specs
+from jaxaccum._distributed.sharded_table import all_apply, all_lookup
+from jaxaccum._optimizers.accumulate import MicroBatchState, accumulate
 from jaxaccum._optimizers.apply_updates import apply_updates
 from jaxaccum._optimizers.lazy_rows import lazy_rows
 from jaxaccum._optimizers.rowwise_adagrad import rowwise_adagrad
@@ -25,15 +25,17 @@ from jaxaccum._sparse_ops.ops import (
 from jaxaccum._tensorflow.conditional_accumulator import SparseConditionalAccumulator
 
 __all__ = [
-    "AccumulateState",
     "AccumulatorState",
     "CancelledError",
     "DeadlineExceededError",
     "IndexedSlices",
     "InvalidArgumentError",
+    "MicroBatchState",
     "SparseConditionalAccumulator",
     "Verdict",
     "accumulate",
+    "all_apply",
+    "all_lookup",
     "all_merge",
     "all_take",
     "apply",
@@ -43,15 +45,13 @@ __all__ = [
     "lazy_rows",
     "merge",
     "num_accumulated",
-    "per_device",
     "raw_ops",
-    "row_specs",
+    "replicate",
     "rowwise_adagrad",
     "set_step",
-    "shard_apply",
     "shard_init",
-    "shard_lookup",
     "shard_rows",
+    "shard_specs",
     "sparse_add",
     "sparse_add_grad",
     "sparse_add_jvp",

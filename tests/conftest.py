@@ -14,10 +14,38 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The first call of a jitted function compiles, so a time limit would measure the compiler.
-hypothesis.settings.register_profile(
-    "jaxaccum", deadline=None, derandomize=True, max_examples=25, print_blob=True
-)
-hypothesis.settings.load_profile("jaxaccum")
+_HABITS = {"deadline": None, "print_blob": True}
+hypothesis.settings.register_profile("quick", derandomize=True, max_examples=10, **_HABITS)
+hypothesis.settings.register_profile("full", max_examples=25, **_HABITS)
+hypothesis.settings.load_profile("quick")
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--full",
+        action="store_true",
+        help="all dtypes, shapes and sizes, and new random programs (reproduce them by the seed "
+        "that is printed, with --hypothesis-seed): what the gate runs",
+    )
+
+
+def pytest_configure(config):
+    if config.getoption("--full"):
+        hypothesis.settings.load_profile("full")
+        if not config.getoption("--hypothesis-seed"):
+            config.option.hypothesis_seed = str(int.from_bytes(os.urandom(4)))
+
+
+def pytest_report_header(config):
+    seed = config.getoption("--hypothesis-seed")
+    return f"random programs drawn with --hypothesis-seed={seed}" if seed else None
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--full"):
+        left_out = [item for item in items if item.get_closest_marker("full")]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from jaxaccum._accumulator.row_index import DirectMap, HashTable
 from jaxaccum._rows.indexed_slices import canonical_shape, padding_index
 from jaxaccum._rows.public import public
 
-Reduction = Literal["mean", "mean_per_gradient", "sum"]
+Reduction = Literal["mean_per_row", "mean_per_gradient", "sum"]
 
 
 @public
@@ -72,7 +72,7 @@ class AccumulatorState:
       row_index: where each row lives.
       dense_shape: shape of the whole gradient, ``(rows or None, *row)``. Static.
       dtype: of the gradients that come in and go out. Static.
-      reduction: ``"mean"``, ``"mean_per_gradient"`` or ``"sum"``. Static.
+      reduction: ``"mean_per_row"``, ``"mean_per_gradient"`` or ``"sum"``. Static.
     """
 
     indices: jax.Array
@@ -100,7 +100,7 @@ def init(
     dtype: DTypeLike = jnp.float32,
     *,
     capacity: int,
-    reduction: Reduction = "mean",
+    reduction: Reduction = "mean_per_row",
     accumulator_dtype: DTypeLike | None = None,
     global_step: int = 0,
 ) -> AccumulatorState:
@@ -114,7 +114,7 @@ def init(
         where the vocabulary is unknown. Then any id from 0 to ``2**31 - 2`` is a row.
       dtype: of the gradients; any numeric JAX dtype.
       capacity: how many distinct rows can be held at a time, at least 1.
-      reduction: what `take` makes of the sums. ``"mean"`` divides each row by the number of
+      reduction: what `take` makes of the sums. ``"mean_per_row"`` divides each row by the number of
         gradients that touched *that row* (TensorFlow's rule), ``"mean_per_gradient"`` by the
         number of all gradients accumulated (the mean of data-parallel training), ``"sum"`` by none.
       accumulator_dtype: of the sums; by default ``dtype``, but float32 for 16-bit floats.

@@ -15,7 +15,7 @@ from jaxaccum._accumulator.state import Reduction, init
 from jaxaccum._rows.indexed_slices import UNKNOWN_ROWS_PADDING
 
 _REDUCTIONS: dict[str, Reduction] = {
-    "MEAN": "mean",
+    "MEAN": "mean_per_row",
     "SUM": "sum",
     "MEAN_PER_GRADIENT": "mean_per_gradient",
 }

@@ -17,7 +17,7 @@ from jaxaccum._distributed.exchange import AxisName
 from jaxaccum._rows.indexed_slices import canonical_shape
 
 
-def per_device(state: AccumulatorState, mesh: Mesh, axis_name: AxisName) -> AccumulatorState:
+def replicate(state: AccumulatorState, mesh: Mesh, axis_name: AxisName) -> AccumulatorState:
     """Makes a copy of an empty accumulator for each device along a mesh axis.
 
     The leaves have a leading axis of devices, and are sharded along it: pass them to
@@ -40,7 +40,7 @@ def per_device(state: AccumulatorState, mesh: Mesh, axis_name: AxisName) -> Accu
     Example:
       >>> import jax, jaxaccum
       >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
-      >>> states = jaxaccum.per_device(jaxaccum.init((100, 2), capacity=8), mesh, "data")
+      >>> states = jaxaccum.replicate(jaxaccum.init((100, 2), capacity=8), mesh, "data")
       >>> states.values.shape[1:]
       (8, 2)
     """
@@ -78,17 +78,17 @@ def shard_init(
     Args:
       dense_shape: shape of the whole table, ``(rows, *row)``.
       dtype: as in `init`.
-      mesh: as in `per_device`.
+      mesh: as in `replicate`.
       axis_name: the axis, or axes, of ``mesh`` the table is sharded over.
       **options: the keyword arguments of `init`; ``capacity`` is that of one shard.
 
     Returns:
       An `AccumulatorState` of ``(rows / n, *row)`` with a leading axis of devices, as from
-      `per_device`. `shard_apply` adds to it, `take` takes from it.
+      `replicate`. `all_apply` adds to it, `take` takes from it.
 
     Raises:
       TypeError: as `init`.
-      ValueError: as `init` and `per_device`, or the rows do not divide among the devices.
+      ValueError: as `init` and `replicate`, or the rows do not divide among the devices.
 
     Example:
       >>> import jax, jaxaccum
@@ -101,7 +101,7 @@ def shard_init(
     if rows is None:
         raise ValueError(f"dense_shape must have a known row count, got {dense_shape}")
     shard = _shard_length(rows, mesh, axis_name, "dense_shape")
-    return per_device(init((shard, *row), dtype, **options), mesh, axis_name)
+    return replicate(init((shard, *row), dtype, **options), mesh, axis_name)
 
 
 def shard_rows(tree: Any, mesh: Mesh, axis_name: AxisName, *, num_rows: int) -> Any:
@@ -141,10 +141,10 @@ def shard_rows(tree: Any, mesh: Mesh, axis_name: AxisName, *, num_rows: int) -> 
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(placed, tree, row_specs(tree, axis_name, num_rows=num_rows))
+    return jax.tree.map(placed, tree, shard_specs(tree, axis_name, num_rows=num_rows))
 
 
-def row_specs(tree: Any, axis_name: AxisName, *, num_rows: int) -> Any:
+def shard_specs(tree: Any, axis_name: AxisName, *, num_rows: int) -> Any:
     """The ``PartitionSpec`` of each array as `shard_rows` shards it, for `jax.shard_map`.
 
     Args:
@@ -159,7 +159,7 @@ def row_specs(tree: Any, axis_name: AxisName, *, num_rows: int) -> Any:
     Example:
       >>> import jax.numpy as jnp, jaxaccum
       >>> params = {"step": jnp.zeros(()), "table": jnp.zeros((8, 2))}
-      >>> jaxaccum.row_specs(params, "rows", num_rows=8)
+      >>> jaxaccum.shard_specs(params, "rows", num_rows=8)
       {'step': P(), 'table': P('rows',)}
     """
 

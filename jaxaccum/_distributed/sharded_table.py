@@ -23,7 +23,7 @@ from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
 from jaxaccum._rows.prefix_sums import count_before
 
 
-def shard_apply(
+def all_apply(
     state: AccumulatorState,
     grad: IndexedSlices,
     axis_name: AxisName,
@@ -61,7 +61,7 @@ def shard_apply(
       >>> def step(ids):
       ...     state = jaxaccum.init((100, 1), capacity=4)  # of n * 100 rows
       ...     grad = jaxaccum.IndexedSlices(ids, jnp.ones((2, 1)), (n * 100, 1))
-      ...     state, verdict = jaxaccum.shard_apply(state, grad, "rows")
+      ...     state, verdict = jaxaccum.all_apply(state, grad, "rows")
       ...     return state.num_accumulated, verdict
       >>> count, verdict = jax.pmap(step, axis_name="rows")(jnp.tile(jnp.array([7, 3]), (n, 1)))
       >>> count[0] == n
@@ -98,7 +98,7 @@ def shard_apply(
     ), verdict
 
 
-def shard_lookup(
+def all_lookup(
     shard: jax.Array, ids: jax.Array, axis_name: AxisName, *, bucket: int | None = None
 ) -> tuple[jax.Array, jax.Array]:
     """Looks rows of a sharded table up, wherever they are.
@@ -122,7 +122,7 @@ def shard_lookup(
     Example:
       >>> import jax, jax.numpy as jnp, jaxaccum
       >>> table = jnp.arange(8.0 * jax.local_device_count()).reshape(-1, 4, 2)
-      >>> find = jax.pmap(lambda shard, ids: jaxaccum.shard_lookup(shard, ids, "rows")[0],
+      >>> find = jax.pmap(lambda shard, ids: jaxaccum.all_lookup(shard, ids, "rows")[0],
       ...                 axis_name="rows")
       >>> find(table, jnp.full((len(table), 1), 3))[-1]
       Array([[6., 7.]], dtype=float32)

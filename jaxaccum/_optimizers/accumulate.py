@@ -41,7 +41,7 @@ PyTree = Any
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
-class AccumulateState:
+class MicroBatchState:
     """State of `accumulate`: one count and one step for all leaves.
 
     Attributes:
@@ -97,11 +97,12 @@ def accumulate(
         bools.
       capacity: how many distinct rows a table can touch in one step: a number for all tables, or a
         (prefix) tree of numbers.
-      reduction: ``"mean_per_gradient"`` divides by the number of gradients, ``"mean"`` each row of
+      reduction: ``"mean_per_gradient"`` divides by the number of gradients, ``"mean_per_row"`` each
+        row of
         a table by the number of gradients that touched it, ``"sum"`` by none.
 
     Returns:
-      A transform whose state is an `AccumulateState`. Its ``update`` takes ``local_step``, the step
+      A transform whose state is an `MicroBatchState`. Its ``update`` takes ``local_step``, the step
       at which the gradient was computed, as an optional extra argument; all others go to ``tx``.
 
     Raises:
@@ -129,11 +130,11 @@ def accumulate(
     if not isinstance(tx.update, LazyUpdate):
         tx = lazy_rows(tx)
 
-    def init(params: PyTree) -> AccumulateState:
+    def init(params: PyTree) -> MicroBatchState:
         selected = select_tables(tables, params)
         tx.update.check(params, selected)
         new_sum = functools.partial(_new_sum, reduction=reduction)
-        return AccumulateState(
+        return MicroBatchState(
             sums=jax.tree.map(new_sum, params, selected, _capacities(capacity, params)),
             inner_state=tx.init(params),
             num_accumulated=jnp.int32(0),
@@ -144,12 +145,12 @@ def accumulate(
 
     def update(
         updates: PyTree,
-        state: AccumulateState,
+        state: MicroBatchState,
         params: PyTree | None = None,
         *,
         local_step: ArrayLike | None = None,
         **extra_args: Any,
-    ) -> tuple[PyTree, AccumulateState]:
+    ) -> tuple[PyTree, MicroBatchState]:
         state, dtypes = _add_gradient(state, updates, local_step)
         required = num_required(state.global_step) if callable(num_required) else num_required
         ready = state.num_accumulated >= jnp.maximum(as_int32(required, "num_required"), 1)
@@ -158,7 +159,7 @@ def accumulate(
         if not isinstance(ready, jax.core.Tracer):  # a conditional would be compiled every time
             return step(state, params) if ready else rest(state, params)
         result = jax.lax.cond(ready, step, rest, state, params)
-        return cast("tuple[PyTree, AccumulateState]", result)
+        return cast("tuple[PyTree, MicroBatchState]", result)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -187,8 +188,8 @@ def _is_accumulator(node: object) -> bool:
 
 
 def _add_gradient(
-    state: AccumulateState, updates: PyTree, local_step: ArrayLike | None
-) -> tuple[AccumulateState, list[Any]]:
+    state: MicroBatchState, updates: PyTree, local_step: ArrayLike | None
+) -> tuple[MicroBatchState, list[Any]]:
     """Adds one gradient to all sums or to none; also returns the dtype of each of its leaves."""
     treedef: Any
     paths, treedef = jax.tree_util.tree_flatten_with_path(state.sums, is_leaf=_is_accumulator)
@@ -260,7 +261,7 @@ def _with_counts(total: Any, verdict_counts: jax.Array) -> Any:
     return dataclasses.replace(total, verdict_counts=verdict_counts)
 
 
-def _raise_if_refused(verdict: jax.Array, state: AccumulateState) -> None:
+def _raise_if_refused(verdict: jax.Array, state: MicroBatchState) -> None:
     if isinstance(verdict, jax.core.Tracer):
         return
     if verdict == Verdict.INVALID:
@@ -282,9 +283,9 @@ def _step(
     dtypes: list[Any],
     reduction: Reduction,
     extra_args: dict[str, Any],
-    state: AccumulateState,
+    state: MicroBatchState,
     params: PyTree | None,
-) -> tuple[PyTree, AccumulateState]:
+) -> tuple[PyTree, MicroBatchState]:
     """Takes all sums and runs the inner transform on them."""
     sums, treedef = jax.tree.flatten(state.sums, is_leaf=_is_accumulator)
     grads = list(sums)
@@ -312,8 +313,8 @@ def _step(
 
 
 def _rest(
-    shapes: PyTree, state: AccumulateState, params: PyTree | None
-) -> tuple[PyTree, AccumulateState]:
+    shapes: PyTree, state: MicroBatchState, params: PyTree | None
+) -> tuple[PyTree, MicroBatchState]:
     """Updates that change nothing, of the shapes of a step's."""
     del params
 

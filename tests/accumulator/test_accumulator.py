@@ -17,7 +17,7 @@ import jaxaccum
 from jaxaccum import IndexedSlices, Verdict
 
 ROWS, ROW, SIZE = 12, (2,), 6
-REDUCTIONS = ("mean", "mean_per_gradient", "sum")
+REDUCTIONS = ("mean_per_row", "mean_per_gradient", "sum")
 eager_apply = jaxaccum.apply
 donated_apply = jax.jit(jaxaccum.apply, donate_argnums=0)
 donated_take = jax.jit(jaxaccum.take, donate_argnums=0)
@@ -385,7 +385,7 @@ def test_values_are_differentiable_both_ways(rows, reduction):
         out = jnp.zeros((6, 2), jnp.float32).at[ids[0]].add(values[0]).at[ids[0]].add(merged)
         out = out.at[ids[1, :2]].add(values[1, :2])
         counts = {
-            "mean": jnp.array([[3.0], [2.0], [1.0]], jnp.float32),
+            "mean_per_row": jnp.array([[3.0], [2.0], [1.0]], jnp.float32),
             "mean_per_gradient": 3.0,
             "sum": 1.0,
         }

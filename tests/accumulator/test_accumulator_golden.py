@@ -33,7 +33,7 @@ class Replay:
 
     def __init__(self, case):
         self.shape, self.dtype = case["shape"] or [None], case["dtype"]
-        self.reduction = {"MEAN": "mean", "SUM": "sum"}[case["reduction_type"]]
+        self.reduction = {"MEAN": "mean_per_row", "SUM": "sum"}[case["reduction_type"]]
         self.step, self.state = 0, None
 
     def fresh(self, row):

@@ -174,7 +174,7 @@ def test_floats_agree_with_one_device_to_rounding_and_with_each_other_in_every_b
 
 @pytest.mark.parametrize("dtype", ["int8", "uint16", "bfloat16", "float16", "complex64"])
 def test_dtypes_and_reductions(dtype):
-    reductions = ("mean", "mean_per_gradient", "sum")
+    reductions = ("mean_per_row", "mean_per_gradient", "sum")
 
     def program(axis_name, ids, values):
         # Small integers: exact in every dtype.
@@ -188,7 +188,7 @@ def test_dtypes_and_reductions(dtype):
     ids = np.tile(np.array([3, 5], np.int32), (NUM_DEVICES, 1))
     ids[4:, 1] = -1
     results = run(program, ids, np.tile(np.array([[2], [12]], np.int32), (NUM_DEVICES, 1, 1)))
-    sums = {"mean": [2, 12], "mean_per_gradient": [2, 6], "sum": [16, 48]}
+    sums = {"mean_per_row": [2, 12], "mean_per_gradient": [2, 6], "sum": [16, 48]}
     for reduction, pair in zip(reductions, (results[:2], results[2:4], results[4:]), strict=True):
         for taken in pair:
             assert taken.values.dtype == dtype

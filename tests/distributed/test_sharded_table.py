@@ -32,7 +32,7 @@ def training(bucket, axis_name, state, batches):
         ids, values, is_stale = batch
         grad = IndexedSlices(ids, values, (ROWS, 2))
         before = state.global_step - is_stale
-        state, verdict = jaxaccum.shard_apply(state, grad, axis_name, before, bucket=bucket)
+        state, verdict = jaxaccum.all_apply(state, grad, axis_name, before, bucket=bucket)
         state, taken, ready = jaxaccum.take(state, 12)
         return state, (verdict, taken, ready)
 
@@ -135,7 +135,7 @@ def test_refusal_leaves_every_shard_as_it_was():
     def program(axis_name, state, ids, more):
         def apply(state, ids):
             grad = IndexedSlices(ids, jnp.ones((SIZE, 2), jnp.int32), (ROWS, 2))
-            return jaxaccum.shard_apply(state, grad, axis_name)
+            return jaxaccum.all_apply(state, grad, axis_name)
 
         before, _ = apply(state, ids)
         return before, *apply(before, more)
@@ -159,7 +159,7 @@ def test_rows_are_looked_up_wherever_they_are(way):
     ids[0] = 7  # all of one owner
 
     def program(axis_name, shard, ids):
-        return [jaxaccum.shard_lookup(shard, ids, axis_name, bucket=k) for k in (None, 11, 10)]
+        return [jaxaccum.all_lookup(shard, ids, axis_name, bucket=k) for k in (None, 11, 10)]
 
     shards = table.reshape(NUM_DEVICES, 5, 3)
     free, ample, tight = on_devices(program, way)(*spread((shards, ids), way))
@@ -175,7 +175,7 @@ def test_rows_are_looked_up_wherever_they_are(way):
 
 def test_ids_out_of_range_find_zeros_and_a_verdict():
     def program(axis_name, shard, ids):
-        return jaxaccum.shard_lookup(shard, ids, axis_name)
+        return jaxaccum.all_lookup(shard, ids, axis_name)
 
     ids = np.full((NUM_DEVICES, 2), 3, np.int32)
     ids[1, 0], ids[2, 1] = -1, ROWS + 1
@@ -194,7 +194,7 @@ def test_a_table_its_optimizer_and_its_accumulator_live_in_shards():
     ids = rng.integers(0, ROWS, (STEPS, NUM_DEVICES, SIZE)).astype(np.int32)
     tx = jaxaccum.lazy_rows(optax.adagrad(0.5, initial_accumulator_value=1.0, eps=0.0))
     params = {"table": table, "optimizer": tx.init(table), "rate": np.float32(0.5)}
-    specs = jaxaccum.row_specs(params, axis, num_rows=ROWS)
+    specs = jaxaccum.shard_specs(params, axis, num_rows=ROWS)
     assert (specs["table"], specs["rate"]) == (PartitionSpec(axis), PartitionSpec())
     assert specs["optimizer"][0].sum_of_squares == PartitionSpec(axis)
     sharded = jaxaccum.shard_rows(params, mesh, axis, num_rows=ROWS)
@@ -204,9 +204,9 @@ def test_a_table_its_optimizer_and_its_accumulator_live_in_shards():
 
     def step(params, states, ids):
         state, ids = jax.tree.map(lambda leaf: leaf[0], (states, ids))
-        rows, _ = jaxaccum.shard_lookup(params["table"], ids, axis)
+        rows, _ = jaxaccum.all_lookup(params["table"], ids, axis)
         # The gradient of half the squared norm of the rows is the rows themselves.
-        state, _ = jaxaccum.shard_apply(state, IndexedSlices(ids, rows, (ROWS, 2)), axis)
+        state, _ = jaxaccum.all_apply(state, IndexedSlices(ids, rows, (ROWS, 2)), axis)
         state, grad, _ = jaxaccum.take(state)
         updates, optimizer = tx.update(grad, params["optimizer"], params["table"])
         table = jaxaccum.apply_updates(params["table"], updates)
@@ -239,10 +239,10 @@ def test_only_empty_accumulators_are_copied_and_their_verdicts_count_once():
     grad = IndexedSlices(jnp.array([3]), jnp.ones((1, 1), jnp.float32), (ROWS, 1))
     full, _ = jaxaccum.apply(state, grad)
     with pytest.raises(ValueError, match="must hold no gradients to be copied, got num_accum"):
-        jaxaccum.per_device(full, mesh, "core")
-    states = jaxaccum.per_device(jaxaccum.take(full)[0], mesh, "core")
+        jaxaccum.replicate(full, mesh, "core")
+    states = jaxaccum.replicate(jaxaccum.take(full)[0], mesh, "core")
     assert states.values.shape == (4, 4, 1)
-    states = jaxaccum.per_device(jaxaccum.take(full)[0], mesh, ("host", "core"))
+    states = jaxaccum.replicate(jaxaccum.take(full)[0], mesh, ("host", "core"))
     merge = on_devices(lambda axis, state: jaxaccum.all_merge(state, axis)[0], "two_axes")
     assert (np.asarray(merge(states).verdict_counts) == [1, 0, 0, 0]).all()
 
@@ -260,18 +260,18 @@ def test_wrong_calls_say_what_is_wrong():
     ):
         jaxaccum.shard_init((40, 2), capacity=3, mesh=mesh, axis_name="rows")
     with pytest.raises(ValueError, match="axis_name must be of the mesh's"):
-        jaxaccum.per_device(jaxaccum.init((40, 2), capacity=3), mesh, ("data", "rows"))
+        jaxaccum.replicate(jaxaccum.init((40, 2), capacity=3), mesh, ("data", "rows"))
 
     state = jaxaccum.init((5, 2), capacity=3)
     grad = IndexedSlices(jnp.array([3]), jnp.ones((1, 2), jnp.float32), (ROWS, 2))
     with pytest.raises(ValueError, match="maps over here, which are none, got 'data'"):
-        jaxaccum.shard_apply(state, grad, "data")
+        jaxaccum.all_apply(state, grad, "data")
     with pytest.raises(ValueError, match="maps over here, which are none, got 'data'"):
-        jaxaccum.shard_lookup(jnp.ones((5, 2), jnp.float32), jnp.array([3]), "data")
+        jaxaccum.all_lookup(jnp.ones((5, 2), jnp.float32), jnp.array([3]), "data")
 
     def apply(grad, state=state, **options):
         return on_devices(
-            lambda axis, grad, state: jaxaccum.shard_apply(state, grad, axis, **options)[1],
+            lambda axis, grad, state: jaxaccum.all_apply(state, grad, axis, **options)[1],
             "shard_map",
         )(copies(grad), copies(state))
 
@@ -284,6 +284,6 @@ def test_wrong_calls_say_what_is_wrong():
     with pytest.raises(ValueError, match="state must have a known row count to be sharded"):
         apply(grad, jaxaccum.init((None, 2), capacity=3))
     with pytest.raises(TypeError, match="indices must be integers, got float32"):
-        on_devices(lambda axis, ids: jaxaccum.shard_lookup(ids, ids, axis)[0], "shard_map")(
+        on_devices(lambda axis, ids: jaxaccum.all_lookup(ids, ids, axis)[0], "shard_map")(
             np.ones((NUM_DEVICES, 3), np.float32)
         )

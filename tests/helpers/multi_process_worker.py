@@ -44,7 +44,7 @@ def main(task):
     if task.get("capacity_by_rank"):
         state = jaxaccum.init((ROWS, WIDTH), capacity=ROWS + task["rank"])
         try:
-            jaxaccum.per_device(state, mesh, "data")
+            jaxaccum.replicate(state, mesh, "data")
         except ValueError as error:
             print(error)
             return 3
@@ -57,7 +57,7 @@ def main(task):
         return {
             "table": replicated,
             "shards": jaxaccum.shard_rows(zeros, mesh, "data", num_rows=ROWS),
-            "state": jaxaccum.per_device(state, mesh, "data"),
+            "state": jaxaccum.replicate(state, mesh, "data"),
             "sharded": jaxaccum.shard_init(
                 (ROWS, WIDTH), mesh=mesh, axis_name="data", **options
             ),
@@ -66,10 +66,10 @@ def main(task):
     def step(train, ids, values):
         def micro_step(states, batch):
             # The gradient depends on the rows: so an error in one step shows in all that follow.
-            rows, _ = jaxaccum.shard_lookup(train["shards"], batch[0], "data")
+            rows, _ = jaxaccum.all_lookup(train["shards"], batch[0], "data")
             grad = jaxaccum.IndexedSlices(batch[0], batch[1] - rows, (ROWS, WIDTH))
             state, _ = jaxaccum.apply(states[0], grad)
-            return (state, jaxaccum.shard_apply(states[1], grad, "data")[0]), None
+            return (state, jaxaccum.all_apply(states[1], grad, "data")[0]), None
 
         states = jax.tree.map(lambda leaf: leaf[0], (train["state"], train["sharded"]))
         (state, sharded), _ = jax.lax.scan(micro_step, states, (ids[0], values[0]))

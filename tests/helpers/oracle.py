@@ -8,7 +8,7 @@ ACCEPTED, STALE, OVERFLOW, INVALID = range(4)
 class Oracle:
     """What `jaxaccum` promises, said as slowly and plainly as possible."""
 
-    def __init__(self, rows, capacity, reduction="mean", dtype=np.float32, sum_dtype=None):
+    def __init__(self, rows, capacity, reduction="mean_per_row", dtype=np.float32, sum_dtype=None):
         self.rows, self.capacity, self.reduction = rows, capacity, reduction
         self.dtype, self.sum_dtype = dtype, sum_dtype or dtype
         self.step = 0
@@ -54,7 +54,7 @@ class Oracle:
     def _reduce(self, total, touched):
         if self.reduction == "sum":
             return total.astype(self.dtype)
-        count = touched if self.reduction == "mean" else self.num_accumulated
+        count = touched if self.reduction == "mean_per_row" else self.num_accumulated
         if np.issubdtype(self.sum_dtype, np.integer):
             # In Python's integers: 64 bits do not fit a float.
             exact = [abs(int(t)) // count * (1 if t >= 0 else -1) for t in total.ravel()]
