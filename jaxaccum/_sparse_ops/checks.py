@@ -224,11 +224,6 @@ def _start(start: Any, rank: int) -> Any:
 
 def cut_from(rows: jax.Array, start: Any, out: jax.Array) -> tuple[jax.Array, ...]:
     """Returns the rows of a slice's input, where it started and its output, in one dtype."""
-    if len(out) > len(rows):
-        raise ValueError(
-            "output_indices must not have more rows than input_indices, "
-            f"got {len(out)} and {len(rows)}"
-        )
     start = _integers("input_start", start)
     if start.ndim != 1:
         raise ValueError(f"input_start must be a vector, got shape {start.shape}")

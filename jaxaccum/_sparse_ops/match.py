@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,18 +81,27 @@ def match_rows(table: jax.Array, *queries: jax.Array) -> tuple[jax.Array, ...]:
     )
 
 
-def match_in_line(table: jax.Array, queries: jax.Array) -> tuple[jax.Array, jax.Array]:
+class Matched(NamedTuple):
+    """Where each query lies in the table; how many rows of the table were found, or are padding."""
+
+    found: jax.Array
+    num_used: jax.Array
+    num_padding: jax.Array
+
+
+def match_in_line(table: jax.Array, queries: jax.Array) -> Matched:
     """Returns what ``match_rows`` does, at a glance where the rows come in the table's order.
 
     The guess: the n-th query inside the box that holds the table is its n-th row. Comparing tells;
-    if all of them are and no row of the table repeats, no query can have another place.
+    if all of them are and no row of the table repeats, no query can have another position.
 
-    Returns:
-      int32 ``[n]``, and how many rows of the table were found.
+    The table may end in padding, as ``count_padding`` tells; no query has its position there.
     """
     num_rows, num_columns = table.shape
     if num_rows == 0 or num_columns == 0:
-        return match_rows(table, queries)[0], jnp.int32(min(num_rows, len(queries), 1))
+        # Without columns the first row stands for all: the others can only be padding.
+        num_used = jnp.int32(min(num_rows, len(queries), 1))
+        return Matched(match_rows(table, queries)[0], num_used, num_rows - num_used)
     inside = _box(table).contains(queries)
     before = count_before(inside)
     guess, num_inside = jnp.where(inside, before[:-1], num_rows), before[-1]
@@ -100,17 +109,40 @@ def match_in_line(table: jax.Array, queries: jax.Array) -> tuple[jax.Array, jax.
     same = jnp.all(guessed == queries, axis=1)
     rows = _columns(table)
     rises = keys.less(tuple(w[:-1] for w in rows), tuple(w[1:] for w in rows))
-    is_right = _all(same | ~inside) & _all(rises) & (num_inside <= num_rows)
+    # A table that ends in padding repeats it, or has a row that no query is: never right.
+    is_right = _all(same | ~inside) & _all(rises) & (num_inside == num_rows)
 
-    def by_value(_: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def by_value(_: _Guess) -> _Guess:
         (found,) = match_rows(table, queries)
+        num_padding = count_padding(table, queries)
+        falls_on_padding = (num_padding > 0) & jnp.all(queries == table[-1:], axis=1)
+        found = jnp.where(falls_on_padding, num_rows, found)
         is_found = jnp.zeros(num_rows, bool).at[found].set(True, mode="drop")
-        return found, jnp.sum(is_found, dtype=jnp.int32), is_right | True
+        num_used = jnp.sum(is_found, dtype=jnp.int32)
+        return Matched(found, num_used, num_padding), is_right | True
 
     # A cond would copy a guess that is right; a loop of no rounds lets it through.
-    first = guess, num_inside, is_right
-    found, num_found, _ = lax.while_loop(lambda carry: ~carry[2], by_value, first)
-    return found, num_found
+    first = Matched(guess, num_inside, num_inside & 0), is_right
+    return lax.while_loop(lambda carry: ~carry[1], by_value, first)[0]
+
+
+_Guess = tuple[Matched, jax.Array]
+
+
+def count_padding(table: jax.Array, queries: jax.Array) -> jax.Array:
+    """Returns how many rows of ``table``, the output of a slice, can be nothing but padding.
+
+    Padding is the last row and its equals, beyond all others in every column. Where the shape of
+    the slice is not known, a real row may look the same; but a slice has no more entries of a row
+    than its input, so what the output repeats more often than the ``queries`` do is padding.
+    """
+    last = table[-1:]
+    is_last = jnp.all(table == last, axis=1)
+    is_beyond = jnp.all(is_last[:, None] | (table < last))
+    num_out, num_in = (
+        jnp.sum(same, dtype=jnp.int32) for same in (is_last, jnp.all(queries == last, axis=1))
+    )
+    return jnp.where(is_beyond & (num_out > num_in), num_out, 0)
 
 
 def _all(mask: jax.Array) -> jax.Array:

@@ -244,29 +244,34 @@ def sparse_slice_jvp(
 def sparse_slice_grad(
     backprop_val_grad: ArrayLike,
     input_indices: ArrayLike,
-    input_start: ArrayLike,
+    input_start: ArrayLike | Sequence[ArrayLike],
     output_indices: ArrayLike,
 ) -> jax.Array:
     """Returns the gradient of the input of a sparse slice, from bare index arrays.
 
     Each row of ``input_indices`` gets the gradient of the row of ``output_indices`` that lies
-    ``input_start`` below it, zero if there is none. Rows are matched by value, in any order. No
-    shape is known here, so padding is a row like any other. Linear in ``backprop_val_grad`` and
-    differentiable in either mode. TensorFlow's ``SparseSliceGrad``.
+    ``input_start`` below it, zero if there is none. Rows are matched by value, in any order.
+    Linear in ``backprop_val_grad`` and differentiable in either mode. TensorFlow's
+    ``SparseSliceGrad``.
+
+    The output may end in padding, as ``sparse_slice`` leaves it; its gradient goes nowhere. As no
+    shape is known here, padding is what can be nothing else: the last row and its equals, if it
+    lies beyond all others in every column and the input has fewer of it. A single row of padding
+    that meets an entry of the input, outside the slice, cannot be told from a real one: cut it off.
 
     Args:
       backprop_val_grad: ``[nnz_out]``, the gradient of the values of the slice.
       input_indices: integers ``[nnz_in, ndims]``.
       input_start: integers ``[ndims]``, where the slice started.
-      output_indices: integers ``[nnz_out, ndims]``, ``nnz_out <= nnz_in``.
+      output_indices: integers ``[nnz_out, ndims]``.
 
     Returns:
       ``val_grad`` ``[nnz_in]``.
 
     Raises:
-      ValueError: ranks or lengths do not fit together, or a row of ``output_indices`` matches no
-        row of the input or repeats one, so that its gradient would be lost. Where indices are
-        traced that is a ``checkify.debug_check``.
+      ValueError: ranks or lengths do not fit together, or a row of ``output_indices`` that is not
+        padding matches no row of the input or repeats one, so that its gradient would be lost.
+        Where indices are traced that is a ``checkify.debug_check``.
       TypeError: indices are no integers, or the gradient is no numeric array.
 
     Example:
@@ -275,11 +280,25 @@ def sparse_slice_grad(
       ...     jnp.array([1.0, 2.0]), [[0], [4], [6]], [3], [[1], [3]]).tolist()
       [0.0, 1.0, 2.0]
     """
+    indices = input_indices, input_start, output_indices
+    return pull_slice(backprop_val_grad, *indices, allow_padding=True)
+
+
+def pull_slice(
+    backprop_val_grad: ArrayLike,
+    input_indices: ArrayLike,
+    input_start: ArrayLike | Sequence[ArrayLike],
+    output_indices: ArrayLike,
+    *,
+    allow_padding: bool,
+) -> jax.Array:
+    """Does the work of ``sparse_slice_grad``; TensorFlow's own op knows no padding."""
     named = {"input_indices": input_indices, "output_indices": output_indices}
     grad, (rows, out) = checks.grad_and_rows(backprop_val_grad, named)
-    found, num_used = _match_slice(*checks.cut_from(rows, input_start, out))
+    matched = _match_slice(*checks.cut_from(rows, input_start, out))
+    num_used = matched.num_used + matched.num_padding if allow_padding else matched.num_used
     checks.all_propagated(num_used, len(grad))
-    val_grad: jax.Array = _pull(grad, found)
+    val_grad: jax.Array = _pull(grad, matched.found)
     return val_grad
 
 
@@ -288,8 +307,9 @@ _match = jax.jit(match.match_rows)
 
 
 @jax.jit
-def _match_slice(rows: jax.Array, start: jax.Array, out: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # There are fewer of the output. Where this wraps, the rows it is compared with are as far off.
+def _match_slice(rows: jax.Array, start: jax.Array, out: jax.Array) -> match.Matched:
+    # The output, mostly the shorter of the two, is moved. Where that wraps, the rows it is compared
+    # with are as far off.
     return match.match_in_line(out + start[None], rows)
 
 

@@ -145,14 +145,12 @@ OURS = {
     "SparseSliceGrad-02": r"backprop_val_grad must be a vector, got shape \(1, 1\)",
     "SparseSliceGrad-03": r"backprop_val_grad must be a vector, got shape \(\)",
     "SparseSliceGrad-04": r"same number of columns.*\(1, 1\).*\(1, 2\)",
-    "SparseSliceGrad-05": r"more rows than input_indices, got 2 and 1",
     "SparseSliceGrad-06": r"one element a row of output_indices, got 2 and 1",
     "SparseSliceGrad-07": r"one element a row of output_indices, got 0 and 1",
     "SparseSliceGrad-08": r"input_start must be a vector, got shape \(1, 1\)",
     "SparseSliceGrad-09": r"input_start must be a vector, got shape \(\)",
     "SparseSliceGrad-10": r"input_start must have 1 entries.* got 2",
     "SparseSliceGrad-11": r"input_start must have 1 entries.* got 0",
-    "SparseSliceGrad-12": r"no row in input_indices: of 1 used 0",
 }
 # A BCOO cannot be built so at all: its own constructor refuses.
 NO_BCOO = {f"SparseAdd-{i:02}" for i in (0, 1, 2, 3, 4, 5, 6, 9, 10)}
@@ -161,6 +159,8 @@ NO_BCOO |= {f"SparseSlice-{i:02}" for i in (0, 1, 2, 3, 6, 7)}
 # indices have 64 bits, a shape of more cells than int64 counts are no faults here.
 NOT_WRONG = {"SparseAdd-07", "SparseAdd-08", "SparseSlice-04", "SparseSlice-05"}
 NOT_WRONG |= {"SparseAdd-14", "SparseSliceGrad-13", "SparseSlice-18"}
+# Rows at the end that the input lacks are padding to the function; `raw_ops` refuses them.
+NOT_WRONG |= {"SparseSliceGrad-05", "SparseSliceGrad-12"}
 
 
 def test_every_golden_error_is_accounted_for():

@@ -62,7 +62,7 @@ def test_rows_outside_the_box_are_nowhere_in_a_directory():
 def test_rows_in_line_are_not_searched(monkeypatch):
     monkeypatch.setattr(match, "match_rows", lambda _, rows: (jnp.full(len(rows), 9, jnp.int32),))
     table, asked = jnp.array([[1, 2], [1, 3], [2, 2]]), [[0, 9], [1, 2], [1, 3], [2, 2], [3, 0]]
-    found, num_used = match.match_in_line(table, jnp.array(asked))
+    found, num_used, _ = match.match_in_line(table, jnp.array(asked))
     assert (found.tolist(), num_used) == ([3, 0, 1, 2, 3], 3)
 
 
@@ -88,12 +88,13 @@ def in_line_cases():
 def test_match_in_line_is_match_rows(table, asked):
     place = {tuple(row): i for i, row in reversed(list(enumerate(table)))}
     want = [place.get(tuple(row), len(table)) for row in asked]
-    found, num_used = jax.jit(match.match_in_line)(jnp.array(table), jnp.array(asked))
+    found, num_used, _ = jax.jit(match.match_in_line)(jnp.array(table), jnp.array(asked))
     assert (found.tolist(), num_used) == (want, len({*want} - {len(table)}))
 
 
 @pytest.mark.parametrize(("num_rows", "num_asked"), [(0, 2), (2, 0), (3, 2)])
 def test_rows_without_columns_are_all_the_same(num_rows, num_asked):
     table, asked = jnp.zeros((num_rows, 0), jnp.int32), jnp.zeros((num_asked, 0), jnp.int32)
-    found, num_used = match.match_in_line(table, asked)
+    found, num_used, num_padding = match.match_in_line(table, asked)
     assert (found.tolist(), num_used) == ([0] * num_asked, 1 if num_rows and num_asked else 0)
+    assert num_used + num_padding == num_rows
