@@ -14,14 +14,8 @@ from jaxaccum._optimizers.rowwise_adagrad import rowwise_adagrad
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.unique_rows import sum_duplicates
 from jaxaccum._sparse_grad.value_and_sparse_grad import value_and_sparse_grad
-from jaxaccum._sparse_ops.ops import (
-    sparse_add,
-    sparse_add_grad,
-    sparse_add_jvp,
-    sparse_slice,
-    sparse_slice_grad,
-    sparse_slice_jvp,
-)
+from jaxaccum._sparse_ops.ops import sparse_add, sparse_add_jvp, sparse_slice, sparse_slice_jvp
+from jaxaccum._sparse_ops.raw_grads import sparse_add_grad, sparse_slice_grad
 from jaxaccum._tensorflow.conditional_accumulator import SparseConditionalAccumulator
 
 __all__ = [

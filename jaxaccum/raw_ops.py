@@ -18,7 +18,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxaccum._coordinator.coordinator import Coordinator
 from jaxaccum._coordinator.errors import InvalidArgumentError
-from jaxaccum._sparse_ops.ops import pull_slice, sparse_add, sparse_add_grad, sparse_slice
+from jaxaccum._sparse_ops.ops import sparse_add, sparse_slice
+from jaxaccum._sparse_ops.raw_grads import pull_slice, sparse_add_grad
 from jaxaccum._tensorflow import raw_checks as checks
 from jaxaccum._tensorflow.conditional_accumulator import SparseConditionalAccumulator
 from jaxaccum._tensorflow.sparse_gradient import SparseGradient, as_tuple

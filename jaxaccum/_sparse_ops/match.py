@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxaccum._rows.cpu_workarounds import all_true
 from jaxaccum._rows.prefix_sums import count_before
 from jaxaccum._sparse_ops import keys
 
@@ -69,14 +70,16 @@ def match_rows(table: jax.Array, *queries: jax.Array) -> tuple[jax.Array, ...]:
     if num_rows == 0 or num_columns == 0:
         # Nowhere, which is position k = 0, or the first of all equal rows.
         return tuple(jnp.zeros(q.shape[:1], jnp.int32) for q in queries)
-    box = _box(table)
+    box = _find_box(table)
     folded = [(box.fold(rows),) for rows in (table, *queries)]
     return lax.switch(
         jnp.where(box.can_fold(), jnp.where(keys.ascends(folded[0]), 0, 1), 2),
         [
             lambda: _find_sorted(box.outside(), *folded),
             lambda: _find(box.outside(), *folded),
-            lambda: _find(box.reach[0, 0], *(_columns(box.offsets(r)) for r in (table, *queries))),
+            lambda: _find(
+                box.reach[0, 0], *(_split_columns(box.offsets(r)) for r in (table, *queries))
+            ),
         ],
     )
 
@@ -102,15 +105,15 @@ def match_in_line(table: jax.Array, queries: jax.Array) -> Matched:
         # Without columns the first row stands for all: the others can only be padding.
         num_used = jnp.int32(min(num_rows, len(queries), 1))
         return Matched(match_rows(table, queries)[0], num_used, num_rows - num_used)
-    inside = _box(table).contains(queries)
+    inside = _find_box(table).contains(queries)
     before = count_before(inside)
     guess, num_inside = jnp.where(inside, before[:-1], num_rows), before[-1]
     guessed = keys.take(table, jnp.minimum(guess, num_rows - 1))
     same = jnp.all(guessed == queries, axis=1)
-    rows = _columns(table)
-    rises = keys.less(tuple(w[:-1] for w in rows), tuple(w[1:] for w in rows))
+    rows = _split_columns(table)
+    rises = keys.is_less(tuple(w[:-1] for w in rows), tuple(w[1:] for w in rows))
     # A table that ends in padding repeats it, or has a row that no query is: never right.
-    is_right = _all(same | ~inside) & _all(rises) & (num_inside == num_rows)
+    is_right = all_true(same | ~inside) & all_true(rises) & (num_inside == num_rows)
 
     def by_value(_: _Guess) -> _Guess:
         (found,) = match_rows(table, queries)
@@ -145,12 +148,7 @@ def count_padding(table: jax.Array, queries: jax.Array) -> jax.Array:
     return jnp.where(is_beyond & (num_out > num_in), num_out, 0)
 
 
-def _all(mask: jax.Array) -> jax.Array:
-    # XLA's CPU backend takes the least of bytes in half the time it takes to "and" bools.
-    return jnp.min(mask.astype(jnp.int8), initial=1) == 1
-
-
-def _box(rows: jax.Array) -> _Box:
+def _find_box(rows: jax.Array) -> _Box:
     """The box that holds ``rows``: one pass over them, not two of ``min``."""
     most = np.iinfo(rows.dtype)
     low, high = lax.reduce(
@@ -163,7 +161,7 @@ def _box(rows: jax.Array) -> _Box:
     return _Box(low[None], high[None].astype(word) - low[None].astype(word))
 
 
-def _columns(rows: jax.Array) -> keys.Words:
+def _split_columns(rows: jax.Array) -> keys.Words:
     return tuple(rows[:, column] for column in range(rows.shape[1]))
 
 
@@ -172,7 +170,7 @@ def _find(largest: jax.Array, table: keys.Words, *queries: keys.Words) -> tuple[
     (num_rows,) = table[0].shape
     ranked, source = lax.cond(
         keys.ascends(table),
-        lambda: (table, keys.positions(table)),
+        lambda: (table, keys.number_rows(table)),
         lambda: _rank(table, largest),
     )
     source = jnp.append(source, jnp.int32(num_rows))
@@ -185,8 +183,10 @@ def _find_sorted(
     (num_rows,) = table[0].shape
     # A query past the end is compared with the last row, which it exceeds.
     return tuple(
-        jnp.where(keys.equal(keys.at(table, found), query), found, num_rows)
-        for query, found in zip(queries, keys.lower_bounds(table, largest, *queries), strict=True)
+        jnp.where(keys.is_equal(keys.take_rows(table, found), query), found, num_rows)
+        for query, found in zip(
+            queries, keys.find_lower_bounds(table, largest, *queries), strict=True
+        )
     )
 
 

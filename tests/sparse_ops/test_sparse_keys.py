@@ -18,10 +18,10 @@ def test_search_agrees_with_numpy(num_rows):
         table = np.sort(rng.integers(low, span, num_rows, dtype=np.uint32))
         asked = np.append(rng.integers(0, span, 50, dtype=np.uint32), [*table[[0, -1]], span])
         asked = asked.astype(np.uint32)
-        search = jax.jit(functools.partial(keys.lower_bound, largest=span))
+        search = jax.jit(functools.partial(keys.find_lower_bound, largest=span))
         for found in (
             search((jnp.array(table),), (jnp.array(asked),)),
-            keys.lower_bound((jnp.array(table),), (jnp.array(asked),), jnp.uint32(span)),
+            keys.find_lower_bound((jnp.array(table),), (jnp.array(asked),), jnp.uint32(span)),
         ):
             np.testing.assert_array_equal(found, np.searchsorted(table, asked))
 
