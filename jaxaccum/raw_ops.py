@@ -91,7 +91,7 @@ def SparseAccumulatorApplyGradient(
         gradient_indices,
         gradient_values,
         gradient_shape if has_known_shape else None,
-        local_step,
+        local_step=local_step,
     )
 
 

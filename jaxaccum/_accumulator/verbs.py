@@ -238,6 +238,13 @@ def _take(
     state: AccumulatorState, num_required: jax.Array
 ) -> tuple[AccumulatorState, IndexedSlices, jax.Array]:
     ready = state.num_accumulated >= jnp.maximum(num_required, 1)
+    state, grad = take_if(state, ready)
+    return state, grad, ready
+
+
+@jax.jit
+def take_if(state: AccumulatorState, ready: jax.Array) -> tuple[AccumulatorState, IndexedSlices]:
+    """Takes everything accumulated where ``ready``; else a gradient that is all padding."""
     # Where nothing is ready, a take of no rows leaves the index as it is.
     row_index, order = state.row_index.drain(state.indices, jnp.where(ready, state.num_rows, 0))
     padding = padding_index(state.dense_shape)
@@ -253,7 +260,7 @@ def _take(
         num_shared=jnp.where(ready, 0, state.num_shared),
         row_index=row_index,
     )
-    return taken, IndexedSlices(indices, values, state.dense_shape), ready
+    return taken, IndexedSlices(indices, values, state.dense_shape)
 
 
 @jax.jit

@@ -12,7 +12,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxaccum._accumulator.state import Reduction, init
-from jaxaccum._rows.indexed_slices import UNKNOWN_ROWS_PADDING
+from jaxaccum._rows.indexed_slices import UNKNOWN_ROWS_PADDING, padding_index
 
 _REDUCTIONS: dict[str, Reduction] = {
     "MEAN": "mean_per_row",
@@ -27,7 +27,8 @@ class Spec:
 
     Attributes:
       dtype: of the gradients.
-      shape: of the gradients; ``()`` claims nothing, ``None`` entries are open.
+      shape: of the gradients; ``()`` claims nothing, ``None`` entries are open. The one form an
+        unknown shape has on the host.
       reduction: what a take makes of the sums.
       sum_dtype: of the sums.
     """
@@ -36,6 +37,16 @@ class Spec:
     shape: tuple[int | None, ...]
     reduction: Reduction
     sum_dtype: np.dtype
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows there are, ``None`` if unknown."""
+        return self.shape[0] if self.shape else None
+
+    @property
+    def padding(self) -> int:
+        """The index that marks padding."""
+        return padding_index((self.rows,))
 
     @classmethod
     def of(

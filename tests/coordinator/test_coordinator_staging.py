@@ -14,7 +14,7 @@ FUTURE = 1 << 40
 
 
 def state_of(acc):
-    return acc.accumulator_ref._state
+    return acc.accumulator_ref._accumulated
 
 
 def num_staged(acc):

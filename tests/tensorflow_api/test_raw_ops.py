@@ -155,3 +155,9 @@ def test_64_bit_indices_that_do_not_fit_are_refused():
         raw_ops.SparseSlice(
             indices=np.array([[2**32]]), values=[1.0], shape=[5], start=[0], size=[5]
         )
+
+
+def test_masked_arrays_are_refused():
+    masked = np.ma.masked_array([1.0], [True])
+    with pytest.raises(jaxaccum.InvalidArgumentError, match="Masked arrays"):
+        raw_ops.SparseSlice(indices=[[2]], values=masked, shape=[5], start=[0], size=[5])
