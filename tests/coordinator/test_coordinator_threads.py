@@ -430,7 +430,7 @@ LOOKS = {
 }
 
 
-def interrupting(handler, call):
+def interrupting(handler, call, before=lambda: None, after=lambda: None):
     """Runs ``call`` as often as it makes calls inside the library, ``handler`` at one of them.
 
     A signal handler runs where Python enters or leaves a function: a profiler does so too.
@@ -447,11 +447,13 @@ def interrupting(handler, call):
                     sys.setprofile(None)
                     handler()
 
+        before()
         sys.setprofile(profile)
         try:
             call()
         finally:
             sys.setprofile(None)
+        after()
         is_over = left >= 0
     return moment
 
@@ -496,28 +498,28 @@ def test_a_handler_that_looks_spoils_nothing(look):
     assert seen[3] == told["applied"]
 
 
-def test_a_handler_may_close_at_any_moment(watch):
+def test_a_handler_may_close_at_any_moment():
     """The call it interrupts ends, whoever waits is told, and nothing is kept."""
-    told = collections.Counter()
+    fates, made = collections.Counter(), []
+
+    def make():
+        made[:] = [takers.accumulator(), Waiter(3, lambda: None)]
+        made[0].accumulator_ref._enqueue(made[1])
 
     def call():
-        nonlocal acc
-        acc = takers.accumulator()
-        waiter = Waiter(3, lambda: None)
-        acc.accumulator_ref._enqueue(waiter)
         with contextlib.suppress(jaxaccum.CancelledError):
-            acc.apply_grad([1], [2])
-            acc.apply_grad(np.arange(32) % 16, jnp.ones(32, jnp.int32))
-        if acc.accumulator_ref.is_closed:
-            told["closed"] += 1
-            assert isinstance(waiter.outcome[0], jaxaccum.CancelledError)
-            assert not acc.accumulator_ref._accumulated._box
-            assert not takers.waiting(acc)
+            made[0].apply_grad([1], [2])
+            made[0].apply_grad(np.arange(32) % 16, jnp.ones(32, jnp.int32))
 
-    acc = takers.accumulator()
-    call()
-    moments = interrupting(lambda: acc.close(), call)
-    assert told["closed"] >= moments - 10
+    def look():
+        core, waiter = made[0].accumulator_ref, made[1]
+        fates[type(waiter.outcome[0]), bool(core._accumulated._box), len(core._queue)] += 1
+
+    make()
+    call()  # compiled in peace
+    moments = interrupting(lambda: made[0].close(), call, make, look)
+    assert fates.pop((type(None), True, 1)) == 1  # the last, which was not interrupted
+    assert fates == {(jaxaccum.CancelledError, False, 0): moments - 1}
 
 
 # The compiler.
