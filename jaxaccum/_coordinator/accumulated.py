@@ -53,7 +53,7 @@ class Accumulated(Protocol):
     counts: Counts
     read: Callable[..., Any]
 
-    def prepare(self, gradient: Any, *, will_take: bool) -> Callable[[], object] | None:
+    def prepare(self, gradient: Any, will_take: bool) -> Callable[[], object] | None:
         """Makes room for a gradient, if there is one, and checks that it fits.
 
         Returns:

@@ -89,14 +89,14 @@ class Coordinator:
         )
 
     @outside_mesh
-    def apply(self, *gradient: Any, local_step: Any, padding: int | None = None) -> bool:
+    def apply(self, local_step: Any, *gradient: Any) -> bool:
         """Adds a gradient; returns whether it was accepted rather than stale."""
         local_step, read, counts = as_step(local_step, "local_step"), None, self._counts
         try:
             while True:
                 if read is None and local_step >= counts.global_step:
                     # Outside the lock, for it may copy much. It reads nothing that changes.
-                    read = self._accumulated.read(*gradient, padding=padding)
+                    read = self._accumulated.read(*gradient)
                 outcome = self._locked(self._add, read, local_step)
                 if outcome is True or outcome is False:
                     return outcome
@@ -268,7 +268,7 @@ class Coordinator:
         if gradient is None:
             return None
         will_take = bool(queue) and queue[0].num_required <= counts.num_accumulated + 1
-        compile_ahead = self._accumulated.prepare(gradient, will_take=will_take)
+        compile_ahead = self._accumulated.prepare(gradient, will_take)
         if compile_ahead is None:
             self._accumulated.add(gradient)
             return True
@@ -283,7 +283,7 @@ class Coordinator:
         """Puts a waiter at the end of the queue, or returns what has to be compiled first."""
         self._check_open()
         if not self._queue and waiter.num_required <= self._counts.num_accumulated:
-            compile_ahead = self._accumulated.prepare(None, will_take=True)
+            compile_ahead = self._accumulated.prepare(None, True)
             if compile_ahead is not None:
                 return compile_ahead
         waiter.is_queued = True

@@ -39,8 +39,7 @@ _SMALLEST_CAPACITY = 1024
 # So many takes in a row must have needed a fourth of the capacity at most before it shrinks.
 _WINDOW, _SLACK = 8, 4
 _Struct: Callable[..., jax.ShapeDtypeStruct] = jax.ShapeDtypeStruct  # jax leaves it untyped
-# What a program was compiled for: kind, capacity, size, shape of a row.
-_Key = tuple[object, int, int, tuple[int, ...] | None]
+_Key = tuple[object, int]
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -77,25 +76,33 @@ class DeviceState:
         self._num_grown = 0
         # What the last takes needed: their rows and one more gradient.
         self._needed: collections.deque[int] = collections.deque(maxlen=_WINDOW)
+        # What has been compiled for states like the present one: a kind of program, and a size.
         self._compiled: set[_Key] = set()
+        self._sizes: set[int] = set()
 
     def prepare(
-        self, gradient: HostGradient | None, *, will_take: bool
+        self, gradient: HostGradient | None, will_take: bool
     ) -> Callable[[], object] | None:
         """Makes room for a gradient; see `Accumulated.prepare`."""
         _check_untraced()
         num_slices = 0
         if gradient is not None:
             num_slices = gradient.num_slices
-            compile_ahead = self._make_room(gradient)
-            if compile_ahead is not None:
-                return compile_ahead
-            key: _Key = (gradient.is_small, self._capacity, gradient.size, gradient.row)
+            if (
+                self._row != gradient.row
+                or self._max_rows + num_slices > self._capacity
+                or not self.counts.num_accumulated
+            ):
+                compile_ahead = self._make_room(gradient)
+                if compile_ahead is not None:
+                    return compile_ahead
+            key: _Key = (gradient.is_small, gradient.size)
             if key not in self._compiled:
+                self._sizes.add(gradient.size)
                 return self._compilation(key, *self._dispatch_of(gradient))
         if will_take:
             size = padded_size(self._max_rows + num_slices, self._capacity)
-            key = ("take", self._capacity, size, self._row)
+            key = ("take", size)
             if key not in self._compiled:
                 return self._compilation(key, self._programs.take, size)
         return None
@@ -148,12 +155,11 @@ class DeviceState:
 
     def statistics(self) -> dict[str, Any]:
         """Returns the rows held, when the device has got there, and what they take."""
-        sizes = {key[2] for key in self._compiled if isinstance(key[0], bool)}
         return {
             "grown": self._num_grown,
             "rows": int(self._state().num_rows) if self._box else 0,
             "capacity": self._capacity or self._least_capacity or 0,
-            "compiled_sizes": sorted(sizes),
+            "compiled_sizes": sorted(self._sizes),
         }
 
     def save(self) -> dict[str, np.ndarray]:
@@ -221,6 +227,7 @@ class DeviceState:
 
     def _compilation(self, key: _Key, program: Any, *args: Any) -> Callable[[], object]:
         """What compiles ``program`` for the present state, to be called without the lock."""
+        compiled = self._compiled
         leaves = jax.tree.map(
             lambda leaf: _Struct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
             self._box[0],
@@ -229,7 +236,7 @@ class DeviceState:
         def compile_ahead() -> None:
             # What jit is asked to compile ahead it finds compiled when it is called.
             program.lower(leaves, *args).compile()
-            self._compiled.add(key)
+            compiled.add(key)
 
         return compile_ahead
 
@@ -263,10 +270,11 @@ class DeviceState:
         box = [] if state is None else [tuple(leaves)]
         row = None if state is None else state.values.shape[1:]
         capacity = 0 if state is None else state.capacity
-        runs = programs(treedef)
+        runs, compiled = programs(treedef), set[_Key]()
         # No calls from here on: see the module's docstring.
         self._box[:], self._programs, self._row = box, runs, row
         self._capacity, self._max_rows, self._stage = capacity, max_rows, None
+        self._compiled = compiled
 
     def _check_saved(self, indices: np.ndarray, values: np.ndarray, touches: np.ndarray) -> None:
         if values.dtype != self._spec.sum_dtype:
@@ -354,7 +362,7 @@ class DeviceState:
 
     def _resize(self, capacity: int, held: int) -> Callable[[], object] | None:
         old, capacity = self._capacity, self._limit(capacity)
-        resize, key = self._programs.resize, ("resize", old, capacity, self._row)
+        resize, key = self._programs.resize, ("resize", capacity)
         if key not in self._compiled:
             return self._compilation(key, resize, capacity)
         leaves = resize(self._box[0], capacity)

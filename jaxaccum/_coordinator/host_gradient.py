@@ -23,11 +23,12 @@ from jaxaccum._coordinator.staging import SMALL, aligned, num_bytes, padded_size
 from jaxaccum._rows.indexed_slices import UNKNOWN_ROWS_PADDING
 
 _INT32 = np.dtype(np.int32)
+_UINT64 = np.dtype(np.uint64)
 _UNSIGNED = {
-    np.dtype(np.int64): np.uint64,
-    np.dtype(np.uint64): np.uint64,
-    np.dtype(np.int32): np.uint32,
-    np.dtype(np.uint32): np.uint32,
+    np.dtype(np.int64): _UINT64,
+    _UINT64: _UINT64,
+    np.dtype(np.int32): np.dtype(np.uint32),
+    np.dtype(np.uint32): np.dtype(np.uint32),
 }
 
 
@@ -66,7 +67,7 @@ class GradientReader:
         self._sharding = sharding
 
     def read(
-        self, indices: Any, values: Any, dense_shape: Any, *, padding: int | None = None
+        self, indices: Any, values: Any, dense_shape: Any, padding: int | None = None
     ) -> HostGradient:
         """Checks a gradient against what is fixed for good, and pads it.
 
@@ -96,9 +97,9 @@ class GradientReader:
             self._check_dense_shape(dense_shape)
         indices = self._check_range(np.asarray(indices), padding)
         size, row = padded_size(num_slices), shape[1:]
-        if isinstance(values, jax.Array) and num_slices != size and in_host_memory(values):
+        if not isinstance(values, np.ndarray) and num_slices != size and in_host_memory(values):
             values = np.asarray(values)
-        is_small = type(values) is np.ndarray and num_bytes(size, row, self._dtype) <= SMALL
+        is_small = isinstance(values, np.ndarray) and num_bytes(size, row, self._dtype) <= SMALL
         if not is_small:
             indices = _pad(indices, size, self._padding, _INT32)
             values = self._place(values, size)
@@ -134,7 +135,7 @@ class GradientReader:
         unsigned = _UNSIGNED.get(indices.dtype)
         if unsigned is None:
             indices = _whole(indices)
-            unsigned = np.uint64
+            unsigned = _UINT64
         limit = self._padding
         end = limit if padding is None else min(limit, padding)
         if not indices.size:

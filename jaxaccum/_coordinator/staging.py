@@ -72,7 +72,7 @@ def padded_size(num_slices: int, limit: int | None = None) -> int:
 
     So a program is compiled for each of a few sizes only. Of ``limit``, no more than that.
     """
-    size = max(_SMALLEST_SIZE, 1 << max(num_slices - 1, 0).bit_length())
+    size = _SMALLEST_SIZE if num_slices <= _SMALLEST_SIZE else 1 << (num_slices - 1).bit_length()
     return size if limit is None else min(size, limit)
 
 

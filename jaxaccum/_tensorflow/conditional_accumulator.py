@@ -169,7 +169,7 @@ class SparseConditionalAccumulator:
 
         Source: TensorFlow's ``SparseConditionalAccumulator.apply_grad``.
         """
-        return self._core.apply(grad_indices, grad_values, grad_shape, local_step=local_step)
+        return self._core.apply(local_step, grad_indices, grad_values, grad_shape)
 
     def apply_indexed_slices_grad(
         self,
@@ -203,11 +203,11 @@ class SparseConditionalAccumulator:
         Source: TensorFlow's ``SparseConditionalAccumulator.apply_indexed_slices_grad``.
         """
         return self._core.apply(
+            local_step,
             grad.indices,
             grad.values,
             grad.dense_shape,
-            local_step=local_step,
-            padding=grad.padding_index if isinstance(grad, IndexedSlices) else None,
+            grad.padding_index if isinstance(grad, IndexedSlices) else None,
         )
 
     def take_grad(
