@@ -24,7 +24,7 @@ from jaxaccum._rows.indexed_slices import UNKNOWN_ROWS_PADDING
 
 _INT32 = np.dtype(np.int32)
 _UINT64 = np.dtype(np.uint64)
-_UNSIGNED = {
+_UNSIGNED: dict[np.dtype, np.dtype] = {
     np.dtype(np.int64): _UINT64,
     _UINT64: _UINT64,
     np.dtype(np.int32): np.dtype(np.uint32),
