@@ -126,7 +126,7 @@ class Pair:
             state.indices[len(rows) :] != jaxaccum.init((self.rows, *ROW), capacity=1).indices[0]
         ).any()
         assert not state.counts[len(rows) :].any()
-        assert jaxaccum.num_accumulated(state) == self.oracle.num_accumulated
+        assert state.num_accumulated == self.oracle.num_accumulated
         assert state.global_step == self.oracle.step
         assert state.verdict_counts.tolist() == self.oracle.verdicts
 

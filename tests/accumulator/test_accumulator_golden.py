@@ -103,7 +103,7 @@ class Replay:
             self.state = jaxaccum.set_step(self.state, self.step)
 
     def held(self):
-        return 0 if self.state is None else int(jaxaccum.num_accumulated(self.state))
+        return 0 if self.state is None else int(self.state.num_accumulated)
 
     def num_accumulated(self, op):
         assert self.held() == op["expect"]
