@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxaccum._accumulator.merge import merge
 from jaxaccum._accumulator.state import AccumulatorState, init
-from jaxaccum._accumulator.verbs import merge
 from jaxaccum._coordinator.accumulated import Counts, Taken
 from jaxaccum._coordinator.errors import InvalidArgumentError
 from jaxaccum._coordinator.host_gradient import GradientReader, HostGradient

@@ -13,10 +13,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxaccum._accumulator.apply import apply as add_gradient
+from jaxaccum._accumulator.merge import grow
 from jaxaccum._accumulator.row_index import HashTable
 from jaxaccum._accumulator.state import AccumulatorState
-from jaxaccum._accumulator.verbs import apply as add_gradient
-from jaxaccum._accumulator.verbs import grow, take_if
+from jaxaccum._accumulator.take import take_if
 from jaxaccum._rows.indexed_slices import IndexedSlices
 
 Leaves = tuple[jax.Array, ...]
