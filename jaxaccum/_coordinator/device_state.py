@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import logging
+import threading
 from collections.abc import Callable, Mapping
 from itertools import zip_longest
 from typing import Any
@@ -23,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum._accumulator.merge import merge
-from jaxaccum._accumulator.state import AccumulatorState, init
+from jaxaccum._accumulator.state import AccumulatorState, as_capacity, init
 from jaxaccum._coordinator.accumulated import Counts, Taken
 from jaxaccum._coordinator.errors import InvalidArgumentError
 from jaxaccum._coordinator.host_gradient import GradientReader, HostGradient
@@ -62,7 +63,7 @@ class DeviceState:
         self.counts = Counts()
         self.read = GradientReader(spec, placement.gradients).read
         self._spec = spec
-        self._least_capacity = capacity
+        self._least_capacity = None if capacity is None else as_capacity(capacity)
         self._placement = placement
         # The leaves of one state, or none yet, and what they are the leaves of.
         self._box: list[Leaves] = []
@@ -79,6 +80,7 @@ class DeviceState:
         # What has been compiled for states like the present one: a kind of program, and a size.
         self._compiled: set[_Key] = set()
         self._sizes: set[int] = set()
+        self._compiler = threading.RLock()
 
     def prepare(
         self, gradient: HostGradient | None, will_take: bool
@@ -234,9 +236,11 @@ class DeviceState:
         )
 
         def compile_ahead() -> None:
-            # What jit is asked to compile ahead it finds compiled when it is called.
-            program.lower(leaves, *args).compile()
-            compiled.add(key)
+            with self._compiler:  # one compiles, others who want the same wait
+                if key not in compiled:
+                    # What jit has compiled ahead it finds when it is called.
+                    program.lower(leaves, *args).compile()
+                    compiled.add(key)
 
         return compile_ahead
 

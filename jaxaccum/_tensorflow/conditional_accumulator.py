@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -93,8 +92,6 @@ class SparseConditionalAccumulator:
         accumulator_dtype: DTypeLike | None = None,
     ) -> None:
         spec = Spec.of(dtype, shape, reduction_type, accumulator_dtype)
-        if capacity is not None and not 1 <= operator.index(capacity) <= 2**30:
-            raise ValueError(f"capacity must be from 1 to 2**30, got {capacity}")
         self._name = unique_name(name or _DEFAULT_NAME, self)
 
         def make() -> Coordinator:

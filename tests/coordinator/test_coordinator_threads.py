@@ -531,11 +531,14 @@ def test_others_go_on_while_one_waits_for_the_compiler(monkeypatch, watch):
     programs = acc.accumulator_ref._accumulated._programs
     begun, may_go_on = threading.Event(), threading.Event()
 
+    lowered = collections.Counter()
+
     class Slow:
         def __init__(self, program):
             self.program = program
 
         def lower(self, *args):
+            lowered[self] += 1
             begun.set()
             assert may_go_on.wait(takers.PATIENCE)
             return self.program.lower(*args)
@@ -545,24 +548,29 @@ def test_others_go_on_while_one_waits_for_the_compiler(monkeypatch, watch):
 
     slow = programs._replace(apply_staged=Slow(programs.apply_staged), take=Slow(programs.take))
     monkeypatch.setattr(acc.accumulator_ref._accumulated, "_programs", slow)
-    thread = threading.Thread(
-        target=acc.apply_grad, args=(np.arange(200), np.ones(200, np.int32)), daemon=True
-    )
-    thread.start()
+    threads = [
+        threading.Thread(
+            target=acc.apply_grad, args=(np.arange(200), np.ones(200, np.int32)), daemon=True
+        )
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
     assert begun.wait(takers.PATIENCE)
     assert acc.apply_grad([2], [1])  # of a size that is compiled
     assert acc.num_accumulated() == 2
-    begun.clear()
     may_go_on.set()
-    thread.join(takers.PATIENCE)
-    assert acc.num_accumulated() == 3
+    for thread in threads:
+        thread.join(takers.PATIENCE)
+    assert acc.num_accumulated() == 6
+    assert lowered == {slow.apply_staged: 1}  # by one for all
     may_go_on.clear()
     begun.clear()
-    taker = takers.Taker(acc, 3)
+    taker = takers.Taker(acc, 6)
     assert begun.wait(takers.PATIENCE)
     assert acc.apply_grad([2], [1])
     may_go_on.set()
-    assert rows_of(taker.result())[2] == 3
+    assert rows_of(taker.result())[2] == 6
 
 
 # asyncio.
