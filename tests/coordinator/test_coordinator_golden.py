@@ -76,7 +76,7 @@ def some(cases):
         yield pytest.param(case, marks=marks, id=case["name"])
 
 
-@pytest.mark.parametrize("case", some(golden_data.cases("accumulator.json")))
+@pytest.mark.parametrize("case", list(some(golden_data.cases("accumulator.json"))))
 def test_traces(case):
     acc = jaxaccum.SparseConditionalAccumulator(
         case["dtype"],
