@@ -16,7 +16,6 @@ import dataclasses
 import logging
 import threading
 from collections.abc import Callable, Mapping
-from itertools import zip_longest
 from typing import Any
 
 import jax
@@ -187,7 +186,7 @@ class DeviceState:
         indices, values, touches = (np.asarray(saved[k]) for k in ("indices", "values", "counts"))
         if values.dtype.kind == "V":  # what npz files make of bfloat16
             values = values.view(self._spec.sum_dtype)
-        self._check_saved(indices, values, touches)
+        self._spec.check_saved(indices, values, touches)
         num_accumulated, step = int(saved["num_accumulated"]), int(saved["global_step"])
         state, num_rows = None, indices.size
         if num_accumulated:
@@ -279,23 +278,6 @@ class DeviceState:
         self._box[:], self._programs, self._row = box, runs, row
         self._capacity, self._max_rows, self._stage = capacity, max_rows, None
         self._compiled = compiled
-
-    def _check_saved(self, indices: np.ndarray, values: np.ndarray, touches: np.ndarray) -> None:
-        if values.dtype != self._spec.sum_dtype:
-            raise InvalidArgumentError(
-                f"state must hold values of {self._spec.sum_dtype}, got {values.dtype}"
-            )
-        num_rows, end = indices.size, self._spec.padding
-        if not indices.shape == touches.shape == values.shape[:1] == (num_rows,):
-            raise InvalidArgumentError(
-                "state must hold as many indices, values and counts, got shapes "
-                f"{indices.shape}, {values.shape} and {touches.shape}"
-            )
-        row, expected = values.shape[1:], self._spec.shape[1:]
-        if any(d not in (None, given) for d, given in zip_longest(expected, row[: len(expected)])):
-            raise InvalidArgumentError(f"state must hold rows of shape {expected}, got {row}")
-        if num_rows and not (0 <= indices.min() <= indices.max() < end):
-            raise InvalidArgumentError(f"state must hold indices from 0 to below {end}")
 
     def _check_row(self, row: tuple[int, ...]) -> None:
         """Raises unless rows of shape ``row`` may be added to what is held."""
