@@ -238,6 +238,11 @@ def _take(
     state: AccumulatorState, num_required: jax.Array
 ) -> tuple[AccumulatorState, IndexedSlices, jax.Array]:
     ready = state.num_accumulated >= jnp.maximum(num_required, 1)
+    return *take_if(state, ready), ready
+
+
+def take_if(state: AccumulatorState, ready: jax.Array) -> tuple[AccumulatorState, IndexedSlices]:
+    """Takes everything where ``ready``, a bool scalar; else the gradient is all padding."""
     # Where nothing is ready, a take of no rows leaves the index as it is.
     row_index, order = state.row_index.drain(state.indices, jnp.where(ready, state.num_rows, 0))
     padding = padding_index(state.dense_shape)
@@ -253,7 +258,7 @@ def _take(
         num_shared=jnp.where(ready, 0, state.num_shared),
         row_index=row_index,
     )
-    return taken, IndexedSlices(indices, values, state.dense_shape), ready
+    return taken, IndexedSlices(indices, values, state.dense_shape)
 
 
 @jax.jit
