@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
+from jaxaccum._accumulator.counters import saturating_add
 from jaxaccum._accumulator.reduction import reduce_sums
 from jaxaccum._accumulator.row_index import NOWHERE, Claim, HashTable
 from jaxaccum._accumulator.state import AccumulatorState, Verdict, as_int32, init
@@ -370,7 +371,8 @@ def table_rows(grad: IndexedSlices, rows: int | None) -> tuple[jax.Array, jax.Ar
 
 def count_verdict(verdict_counts: jax.Array, verdict: ArrayLike) -> jax.Array:
     """``verdict_counts`` with one more of ``verdict``."""
-    return verdict_counts + (jnp.arange(len(Verdict), dtype=jnp.int32) == verdict).astype(jnp.int32)
+    kinds = jnp.arange(len(Verdict), dtype=jnp.int32)
+    return saturating_add(verdict_counts, kinds == verdict)
 
 
 def check_matches(state: AccumulatorState, grad: IndexedSlices) -> None:

@@ -297,7 +297,7 @@ def test_an_id_beyond_its_table_is_refused_whatever_row_count_the_gradient_claim
     tx, table = jaxaccum.accumulate(optax.sgd(1.0), 1, tables=True, capacity=4), jnp.zeros((100, 1))
     grad = IndexedSlices(jnp.array([2_000_000_000, 5]), jnp.ones((2, 1)), (None, 1))
     state = tx.init(table)
-    with pytest.raises(ValueError, match="updates has indices outside .* 100 rows: 2000000000;"):
+    with pytest.raises(ValueError, match=r"updates has indices outside .* 100 rows: 2000000000;"):
         tx.update(grad, state, table)
     updates, state = jax.jit(tx.update)(grad, state, table)
     assert state.verdict == Verdict.INVALID

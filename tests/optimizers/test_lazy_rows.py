@@ -294,13 +294,14 @@ def test_what_a_transform_keeps_for_each_row_may_come_from_its_number():
     np.testing.assert_array_equal(updates.to_dense()[[5, 2], 0], [5, 2])
 
 
-class TestFreezeRows:
-    FROZEN = {"bias": None, "table": [0, 7]}
+FROZEN = {"bias": None, "table": [0, 7]}
 
+
+class TestFreezeRows:
     @pytest.mark.parametrize("catch_up", [False, True])
     def test_frozen_rows_are_left_alone_and_the_others_are_not(self, catch_up):
         lazy = jaxaccum.lazy_rows(optax.adamw(0.1, weight_decay=0.5), catch_up=catch_up)
-        tx = optax.chain(jaxaccum.freeze_rows(self.FROZEN), lazy)
+        tx = optax.chain(jaxaccum.freeze_rows(FROZEN), lazy)
         peer, batches = jitted(lazy), ([0, 1, 7, 1], [2, 7, 0, 1])
         step, params = jitted(tx), make_params()
         state, without, its_state = tx.init(params), params, lazy.init(params)
@@ -323,8 +324,8 @@ class TestFreezeRows:
             jaxaccum.freeze_rows({"bias": None, "table": [0.5]}).init(params)
         with pytest.raises(ValueError, match="rows must be a tree like the params"):
             jaxaccum.freeze_rows({"table": [0]}).init(params)
+        tx = jaxaccum.freeze_rows(FROZEN)
         with pytest.raises(TypeError, match=r"updates\['table'\] has frozen rows"):
-            tx = jaxaccum.freeze_rows(self.FROZEN)
             tx.update(dense(grads), tx.init(params), params)
 
 
