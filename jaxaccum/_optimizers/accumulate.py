@@ -164,15 +164,7 @@ def accumulate(
         required = num_required(state.global_step) if callable(num_required) else num_required
         ready = state.num_accumulated >= jnp.maximum(as_int32(required, "num_required"), 1)
         step = functools.partial(_step, tx, dtypes, reduction, extra_args)
-        if not isinstance(ready, jax.core.Tracer) and ready:
-            return step(state, params)
-        # Jitted, it is traced once for the shapes and the branch together.
-        traced = jax.jit(step, inline=True)
-        rest = functools.partial(_rest, jax.eval_shape(traced, state, params)[0])
-        if not isinstance(ready, jax.core.Tracer):  # a conditional would be compiled every time
-            return rest(state, params)
-        result = jax.lax.cond(ready, traced, rest, state, params)
-        return cast("tuple[PyTree, MicroBatchState]", result)
+        return _step_or_rest(ready, step, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -324,6 +316,21 @@ def _raise_if_refused(verdict: jax.Array, state: MicroBatchState, grads: list[An
             f"capacity {capacities} has no room for the new rows of updates after "
             f"{int(state.num_accumulated)} gradients; nothing was accumulated"
         )
+
+
+def _step_or_rest(
+    ready: jax.Array, step: Callable[..., Any], state: MicroBatchState, params: PyTree | None
+) -> tuple[PyTree, MicroBatchState]:
+    is_known = not isinstance(ready, jax.core.Tracer)
+    if is_known and ready:
+        return cast("tuple[PyTree, MicroBatchState]", step(state, params))
+    # Jitted, it is traced once for the shapes and the branch together.
+    step = jax.jit(step, inline=True)
+    rest = functools.partial(_rest, jax.eval_shape(step, state, params)[0])
+    if is_known:  # a conditional would be compiled every time
+        return rest(state, params)
+    result = jax.lax.cond(ready, step, rest, state, params)
+    return cast("tuple[PyTree, MicroBatchState]", result)
 
 
 def _step(
