@@ -11,10 +11,11 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxaccum._accumulator.apply import apply_all, count_verdict
 from jaxaccum._accumulator.counters import saturating_add
 from jaxaccum._accumulator.state import AccumulatorState, Reduction, Verdict, as_int32
 from jaxaccum._accumulator.state import init as init_sums
-from jaxaccum._accumulator.verbs import apply_all, count_verdict, take_if
+from jaxaccum._accumulator.take import take_if
 from jaxaccum._optimizers.lazy_rows import LazyUpdate, UniqueRows, flatten_like, lazy_rows
 from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._rows.indexed_slices import IndexedSlices
