@@ -15,11 +15,12 @@ from jaxaccum._rows.quotient import quotient
 def compute_with(rows: jax.Array, indices: jax.Array) -> jax.Array:
     """Returns ``rows``, just gathered from a table at ``indices`` of 0 and above.
 
-    Rows that XLA's CPU backend has merely to move take it three times as long as rows it computes
-    with: those it loads in wide registers. So they are divided by a one that it cannot see through;
-    a division is not put off to whoever reads the result. No number changes but subnormals, which
-    all arithmetic there takes for zero. Measured on jax 0.10.2: 16,384 rows of 64 float32 are
-    gathered in a third of the time.
+    XLA's CPU backend moves rows more slowly than it computes with them: those it loads in wide
+    registers. So they are divided by a one that it cannot see through; a division is not put off to
+    whoever reads the result. No number changes but subnormals, which all arithmetic there takes for
+    zero. Measured on jax 0.10.2 and 0.12.0: 16,384 rows of 64 float32 out of 100,000 are gathered
+    in 0.33 ms in place of 1.4. Where other arithmetic follows in the same fusion it costs a third
+    more than it would without (0.9 ms in place of 0.7).
     """
     if indices.shape[0] == 0 or not jnp.issubdtype(rows.dtype, jnp.floating):
         return rows
