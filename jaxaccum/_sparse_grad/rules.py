@@ -261,7 +261,6 @@ def _all_gather(eqn: Equation, term: Term) -> Term:
     """The sum over devices: the slices of all of them."""
     if eqn.params.get("axis_index_groups") is not None:
         raise NotSparseError
-    term = _vary(eqn, term)
     for axis in eqn.params["axes"]:
         gather = functools.partial(lax.all_gather, axis_name=axis, tiled=True, to="invarying")
         term = dataclasses.replace(

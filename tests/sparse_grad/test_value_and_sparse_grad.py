@@ -230,7 +230,26 @@ LOOKUPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LOOKUPS)
+# Kin of others in the list, which differ from them in what JAX does before it gets here.
+BREADTH = {
+    "index of rank 2", "take", "scalar id", "every third row", "some columns", "vmapped scalar id",
+    "vmapped over columns", "vmapped over a broadcast", "promise_in_bounds", "take, fill",
+    "take, clip", "take, wrap", "uint32 ids", "rows of a table of vectors", "an axis more",
+    "without the last rows", "scaled by a number", "rows scaled", "jit", "vmap of custom_vjp",
+    "checkpoint of custom_vjp", "vmap of custom_jvp", "fori_loop", "map", "cond, the other way",
+    "scan that carries the table", "optimization barrier", "entries of rows scaled",
+}  # fmt: skip
+
+
+def param(name):
+    return pytest.param(name, marks=[pytest.mark.full] if name in BREADTH else [])
+
+
+def test_the_breadth_is_of_known_lookups():
+    assert LOOKUPS.keys() >= BREADTH
+
+
+@pytest.mark.parametrize("name", [param(name) for name in LOOKUPS])
 def test_lookups_give_rows(name):
     lookup, ids, rows = LOOKUPS[name]
     (value, grad), (true_value, true_grad) = both(lookup, TABLE, ids)
@@ -251,7 +270,10 @@ def test_rows_are_the_cotangents_of_the_lookups():
     np.testing.assert_array_equal(grad.values, weights)
 
 
-@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int16, jnp.uint32, jnp.int32])
+@pytest.mark.parametrize(
+    "dtype",
+    [jnp.uint8, *(pytest.param(d, marks=pytest.mark.full) for d in (jnp.int16, "uint32", "int32"))],
+)
 def test_ids_of_any_integer_type_reach_any_row(dtype):
     high = min(int(jnp.iinfo(dtype).max), 299)
     ids = jnp.array([high, 0, 7], dtype)
@@ -265,7 +287,7 @@ def test_ids_of_any_integer_type_reach_any_row(dtype):
     assert grad.indices.dtype == jnp.int32
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param("float16", marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -342,7 +364,7 @@ def tables_in(grads):
     return [leaf for leaf in jax.tree.leaves(grads, is_leaf=is_slices) if is_slices(leaf)]
 
 
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [None, pytest.param(jnp.bfloat16, marks=pytest.mark.full)])
 def test_linen(dtype):
     model = Linen(dtype)
     params = jax.jit(model.init)(jax.random.key(0), IDS, IDS)
