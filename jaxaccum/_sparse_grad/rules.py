@@ -195,7 +195,7 @@ def _entry_wise(eqn: Equation, term: Term) -> Term:
 
 
 def _cast(eqn: Equation, term: Term) -> Term:
-    """Casts the slices. What is no cotangent, integers for one, does not get here: see evaluate."""
+    """Casts the slices. Casts to and from integers do not get here: `find_leading` stops there."""
     values = lax.convert_element_type(term.values, eqn.params["new_dtype"])
     return dataclasses.replace(term, values=values)
 

@@ -80,7 +80,7 @@ def test_the_error_says_what_to_do():
         negative_log_likelihood, tables={"words": True, "places": True, "kernel": False}
     )
     with pytest.raises(ValueError, match="whose gradient is dense") as caught:
-        grad_fn(make_params(), IDS)
+        jax.eval_shape(grad_fn, make_params(), IDS)
 
     message = str(caught.value)
     assert "leaf ['words']" in message

@@ -523,10 +523,11 @@ def test_under_vmap_and_scan():
     loss = loss_of(lambda t, i: t[i])
     grad_fn = value_and_sparse_grad(loss, tables=True)
     ids = jnp.stack([IDS, IDS + 1])
-    _, mapped = jax.vmap(grad_fn, (None, 0))(TABLE, ids)
-    _, looped = lax.scan(lambda _, i: (None, grad_fn(TABLE, i)), None, ids)[1]
+    _, mapped = jax.jit(jax.vmap(grad_fn, (None, 0)))(TABLE, ids)
+    _, looped = jax.jit(lambda: lax.scan(lambda _, i: (None, grad_fn(TABLE, i)), None, ids)[1])()
+    one_by_one = jax.jit(grad_fn)
     for k in range(2):
-        _, alone = grad_fn(TABLE, ids[k])
+        _, alone = one_by_one(TABLE, ids[k])
         for grad in (mapped, looped):
             np.testing.assert_array_equal(grad.indices[k], alone.indices)
             np.testing.assert_allclose(grad.values[k], alone.values, rtol=1e-6)
