@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.tree import PyTree
 
-# A tree of whatever: JAX has no type for it. ``Leaf`` is what stands in it.
-PyTree: TypeAlias = Any
+# What stands in a tree, and the way to it.
 Leaf: TypeAlias = Any
 KeyPath: TypeAlias = tuple[Any, ...]
 # How tables are selected: by a predicate, or by a tree (or prefix) of bools.

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jax.extend import core
 
 from jaxaccum._rows.indexed_slices import IndexedSlices
-from jaxaccum._rows.tables import KeyPath, PyTree, Tables, select_tables
+from jaxaccum._rows.tables import KeyPath, Tables, select_tables
+from jaxaccum._rows.tree import PyTree
 from jaxaccum._sparse_grad.evaluate import evaluate
 from jaxaccum._sparse_grad.jaxpr import AnyJaxpr, Cause, get_varying_axes, open_jaxpr
 from jaxaccum._sparse_grad.terms import Dense, SparseSum, Table, Term, Value, join, make_whole
