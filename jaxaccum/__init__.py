@@ -10,7 +10,8 @@ from jaxaccum._distributed.all_merge import all_merge, all_take
 from jaxaccum._distributed.mesh import replicate, shard_init, shard_rows, shard_specs
 from jaxaccum._distributed.sharded_table import all_apply, all_lookup
 from jaxaccum._optimizers.accumulate import MicroBatchState, accumulate
-from jaxaccum._optimizers.apply_updates import apply_updates
+from jaxaccum._optimizers.apply_updates import apply_updates, count_invalid
+from jaxaccum._optimizers.freeze_rows import freeze_rows
 from jaxaccum._optimizers.lazy_rows import lazy_rows
 from jaxaccum._optimizers.rowwise_adagrad import rowwise_adagrad
 from jaxaccum._rows.indexed_slices import IndexedSlices
@@ -44,6 +45,8 @@ __all__ = [
     "all_take",
     "apply",
     "apply_updates",
+    "count_invalid",
+    "freeze_rows",
     "grow",
     "init",
     "lazy_rows",
