@@ -5,13 +5,16 @@ from jaxaccum._accumulator.state import AccumulatorState, Verdict, init
 from jaxaccum._accumulator.verbs import apply, grow, merge, num_accumulated, set_step, take
 from jaxaccum._coordinator.errors import CancelledError, DeadlineExceededError, InvalidArgumentError
 from jaxaccum._distributed.all_merge import all_merge, all_take
+from jaxaccum._distributed.all_sum import all_sum
 from jaxaccum._distributed.mesh import replicate, shard_init, shard_rows, shard_specs
 from jaxaccum._distributed.sharded_table import all_apply, all_lookup
 from jaxaccum._optimizers.accumulate import MicroBatchState, accumulate
 from jaxaccum._optimizers.apply_updates import apply_updates
 from jaxaccum._optimizers.lazy_rows import lazy_rows
 from jaxaccum._optimizers.rowwise_adagrad import rowwise_adagrad
+from jaxaccum._rows.embedding_bag import embedding_bag
 from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.map_values import global_norm, map_values
 from jaxaccum._rows.unique_rows import sum_duplicates
 from jaxaccum._sparse_grad.value_and_sparse_grad import value_and_sparse_grad
 from jaxaccum._sparse_ops.ops import (
@@ -37,12 +40,16 @@ __all__ = [
     "all_apply",
     "all_lookup",
     "all_merge",
+    "all_sum",
     "all_take",
     "apply",
     "apply_updates",
+    "embedding_bag",
+    "global_norm",
     "grow",
     "init",
     "lazy_rows",
+    "map_values",
     "merge",
     "num_accumulated",
     "raw_ops",

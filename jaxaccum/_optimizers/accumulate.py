@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,11 @@ from jax.typing import ArrayLike
 from jaxaccum._accumulator.state import AccumulatorState, Reduction, Verdict, as_int32
 from jaxaccum._accumulator.state import init as init_sums
 from jaxaccum._accumulator.verbs import apply_all, count_verdict, take
-from jaxaccum._optimizers.lazy_rows import LazyUpdate, UniqueRows, lazy_rows
+from jaxaccum._optimizers.lazy_rows import LazyUpdate, lazy_rows
 from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
+from jaxaccum._rows.modules import holds_equinox
+from jaxaccum._rows.opaque import UniqueRows
 from jaxaccum._rows.public import public
 from jaxaccum._rows.tables import select_tables
 from jaxaccum._rows.unique_rows import is_slices, promote_dtypes, sum_dtype
@@ -157,9 +159,14 @@ def accumulate(
         step = functools.partial(_step, tx, dtypes, reduction, extra_args)
         rest = functools.partial(_rest, jax.eval_shape(step, state, params)[0])
         if not isinstance(ready, jax.core.Tracer):  # a conditional would be compiled every time
-            return step(state, params) if ready else rest(state, params)
-        result = jax.lax.cond(ready, step, rest, state, params)
-        return cast("tuple[PyTree, MicroBatchState]", result)
+            steps, state = step(state, params) if ready else rest(state, params)
+        else:
+            steps, state = jax.lax.cond(ready, step, rest, state, params)
+        if holds_equinox(updates):
+            steps = jax.tree.map(
+                lambda u: UniqueRows(u) if is_slices(u) else u, steps, is_leaf=is_slices
+            )
+        return steps, state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

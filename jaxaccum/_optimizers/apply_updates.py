@@ -7,15 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxaccum._rows.indexed_slices import IndexedSlices
-from jaxaccum._rows.unique_rows import (
-    fit_to_table,
-    gather_rows,
-    is_slices,
-    promote_dtypes,
-    scatter_rows,
-    unique_rows,
-)
+from jaxaccum._rows.opaque import UniqueRows
+from jaxaccum._rows.table_update import add_to_table
+from jaxaccum._rows.unique_rows import is_slices, promote_dtypes
 
 PyTree = Any
 
@@ -34,8 +28,6 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
       The updated parameters, with the structure, shapes and dtypes of ``params``.
 
     Raises:
-      TypeError: the indices of an update are no integers: a transform that does not know
-        ``IndexedSlices`` has treated them as parameters.
       ValueError: an update does not fit its parameter, or outside ``jit`` has invalid indices.
 
     Example:
@@ -56,28 +48,9 @@ def _add(param: Any, update: Any, name: str) -> Any:
     if param is None:
         return None
     param = jnp.asarray(param)
-    if not is_slices(update):
-        wide = promote_dtypes(param.dtype, update.dtype)
-        return (param.astype(wide) + update.astype(wide)).astype(param.dtype)
-    return _add_rows(param, _checked(update, param, name), update.values)
-
-
-def _checked(update: IndexedSlices, param: jax.Array, name: str) -> IndexedSlices:
-    try:
-        return fit_to_table(update, param.shape, name)
-    except TypeError as err:
-        raise TypeError(
-            f"{name} has lost its row numbers ({err}): wrap the transforms that see sparse "
-            "leaves in lazy_rows"
-        ) from err
-
-
-def _add_rows(param: jax.Array, update: IndexedSlices, values: jax.Array) -> jax.Array:
-    wide = promote_dtypes(param.dtype, values.dtype)
-    if wide == param.dtype:
-        # Padding is dropped whatever its values are: nothing to be gained by zeroing those first.
-        return param.at[update.indices].add(jnp.asarray(values).astype(wide), mode="drop")
-    # Rounded once a row, so that narrow tables neither lose duplicates nor round twice.
-    update = unique_rows(update)
-    rows = gather_rows(param, update.indices).astype(wide) + update.values.astype(wide)
-    return scatter_rows(param, update.indices, rows)
+    if isinstance(update, UniqueRows):
+        update = update.slices
+    if is_slices(update):
+        return add_to_table(param, update, name)
+    wide = promote_dtypes(param.dtype, update.dtype)
+    return (param.astype(wide) + update.astype(wide)).astype(param.dtype)

@@ -22,6 +22,8 @@ from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._optimizers.state_layout import RowLayout, row_layout, struct, struct_of
 from jaxaccum._optimizers.trial import TrialFailedError, check_row_separable
 from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.modules import holds_equinox
+from jaxaccum._rows.opaque import UniqueRows
 from jaxaccum._rows.unique_rows import (
     fit_to_table,
     gather_rows,
@@ -96,17 +98,6 @@ def lazy_rows(
         return init_catch_up(state, params) if catch_up else state
 
     return optax.GradientTransformationExtraArgs(init, LazyUpdate(inner, catch_up=catch_up))
-
-
-@dataclasses.dataclass(frozen=True)
-class UniqueRows:
-    """An ``IndexedSlices`` known to hold every row once, as one opaque leaf of a tree.
-
-    ``accumulate`` hands these to its inner transform: ``lazy_rows`` need not look for duplicates,
-    and a transform that does not know them fails instead of treating indices as parameters.
-    """
-
-    slices: IndexedSlices
 
 
 def is_sparse(node: object) -> bool:
@@ -245,9 +236,11 @@ class LazyUpdate:
         plan = self._plan(treedef, shapes, tables, extra_args)
         block = _Block(self._tx, treedef, grads, param_leaves, tables, plan, extra_args)
         steps, state = block.update(state)
+        is_module = holds_equinox(updates)
         for t in tables:
             slices = dataclasses.replace(grads[t], values=steps[t])
-            steps[t] = UniqueRows(slices) if isinstance(leaves[t], UniqueRows) else slices
+            is_leaf = is_module or isinstance(leaves[t], UniqueRows)
+            steps[t] = UniqueRows(slices) if is_leaf else slices
         return jax.tree.unflatten(treedef, steps), state
 
     def check(self, params: PyTree, is_table: PyTree) -> None:

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,11 @@ from jax.extend import core
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.tables import select_tables
 from jaxaccum._sparse_grad.evaluate import evaluate
+from jaxaccum._sparse_grad.module_arguments import (
+    argument_position,
+    call_with_modules,
+    split_modules,
+)
 from jaxaccum._sparse_grad.terms import Dense, SparseSum, Table, Term, joined, whole
 
 # Lookups of single entries of rows become whole rows below this many entries, whatever they cost.
@@ -38,6 +42,11 @@ def value_and_sparse_grad(
     ``fun`` stays as it is: it may look rows up with ``table[ids]``, ``jnp.take``, ``flax`` or
     ``equinox`` embeddings, as often as it likes, cast to another dtype, inside ``jit``, ``vmap``,
     ``jax.checkpoint``, ``cond``, ``scan`` and functions with rules of their own.
+
+    An Equinox module is differentiated as by ``eqx.filter_value_and_grad``: in its inexact arrays,
+    with ``None`` for all else. A module of Flax's ``nnx`` is as by ``nnx.value_and_grad``: in its
+    ``nnx.Param`` (or what an ``nnx.DiffState`` in ``argnums`` says), the gradients an
+    ``nnx.State``, and what a call changes in the module is changed.
 
     The backward pass is traced, the scatters into zeros at its end are taken for the rows they
     are, and it is evaluated without them. ``fun`` is traced at every call: call the result under
@@ -84,11 +93,21 @@ def value_and_sparse_grad(
     """
     single = not isinstance(argnums, Sequence)
     numbers: Any = [argnums] if single else argnums
-    positions = [operator.index(n) for n in numbers]
+    positions = [argument_position(n) for n in numbers]
 
     @functools.wraps(fun)
     def value_and_grads(*args: Any, **kwargs: Any) -> Any:
         places = _places(positions, len(args))
+        modules = split_modules(args, dict(zip(places, numbers, strict=True)))
+        if modules:
+            of_arrays = functools.partial(
+                value_and_sparse_grad,
+                argnums=places[0] if single else places,
+                has_aux=True,
+                tables=tables,
+                allow_dense=allow_dense,
+            )
+            return call_with_modules(of_arrays, fun, has_aux, args, modules, **kwargs)
         target = args[places[0]] if single else tuple(args[place] for place in places)
         selected = select_tables(tables, target)
         if not any(jax.tree.leaves(selected)):

@@ -1,0 +1,29 @@
+"""Rows as one leaf of a tree, which nothing takes apart."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jaxaccum._rows.indexed_slices import IndexedSlices
+
+
+@dataclasses.dataclass(frozen=True)
+class UniqueRows:
+    """An ``IndexedSlices`` known to hold every row once, as one opaque leaf of a tree.
+
+    ``accumulate`` hands these to its inner transform: ``lazy_rows`` need not look for duplicates,
+    and a transform that does not know them fails instead of treating indices as parameters.
+
+    They are also the updates of Equinox modules. ``eqx.apply_updates`` maps over the leaves of the
+    updates, and adds each to a parameter: a node of the tree could not stand there. JAX takes them
+    for no array, so they cannot leave the jitted function that made them.
+    """
+
+    slices: IndexedSlices
+
+    __array_ufunc__ = None
+
+    def __radd__(self, table: Any) -> Any:
+        """Adds the rows to a table."""
+        return table + self.slices
