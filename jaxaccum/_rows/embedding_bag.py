@@ -70,7 +70,9 @@ def embedding_bag(
         raise TypeError(f"ids must be integers, got {ids.dtype}")
     bag_of = _segments(ids, segment_ids, offsets, num_bags)
     if weights is not None and jnp.shape(weights) != ids.shape:
-        raise ValueError(f"weights must have the shape of ids, {ids.shape}, got {weights!r}")
+        raise ValueError(
+            f"weights must have the shape of ids, {ids.shape}, got {jnp.shape(weights)}"
+        )
     is_id = jnp.ones(ids.shape, bool) if padding_id is None else ids != padding_id
     # One past the end is where lookups have no gradient: padding makes no slices that count.
     rows = table.at[jnp.where(is_id, ids, table.shape[0])].get(mode="fill", fill_value=jnp.nan)
