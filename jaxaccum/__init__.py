@@ -1,15 +1,18 @@
 """jaxaccum: sparse-gradient accumulation for JAX."""
 
 from jaxaccum import raw_ops
-from jaxaccum._accumulator.state import AccumulatorState, Verdict, init
-from jaxaccum._accumulator.verbs import apply, grow, merge, num_accumulated, set_step, take
+from jaxaccum._accumulator.apply import apply
+from jaxaccum._accumulator.merge import grow, merge
+from jaxaccum._accumulator.state import AccumulatorState, Verdict, init, set_step
+from jaxaccum._accumulator.take import take
 from jaxaccum._coordinator.errors import CancelledError, DeadlineExceededError, InvalidArgumentError
 from jaxaccum._distributed.all_merge import all_merge, all_take
 from jaxaccum._distributed.all_sum import all_sum
 from jaxaccum._distributed.mesh import replicate, shard_init, shard_rows, shard_specs
 from jaxaccum._distributed.sharded_table import all_apply, all_lookup
 from jaxaccum._optimizers.accumulate import MicroBatchState, accumulate
-from jaxaccum._optimizers.apply_updates import apply_updates
+from jaxaccum._optimizers.apply_updates import apply_updates, count_invalid
+from jaxaccum._optimizers.freeze_rows import freeze_rows
 from jaxaccum._optimizers.lazy_rows import lazy_rows
 from jaxaccum._optimizers.rowwise_adagrad import rowwise_adagrad
 from jaxaccum._rows.embedding_bag import embedding_bag
@@ -44,14 +47,15 @@ __all__ = [
     "all_take",
     "apply",
     "apply_updates",
+    "count_invalid",
     "embedding_bag",
+    "freeze_rows",
     "global_norm",
     "grow",
     "init",
     "lazy_rows",
     "map_values",
     "merge",
-    "num_accumulated",
     "raw_ops",
     "replicate",
     "rowwise_adagrad",

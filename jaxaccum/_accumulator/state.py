@@ -16,6 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxaccum._accumulator.row_index import DirectMap, HashTable
 from jaxaccum._rows.indexed_slices import canonical_shape, padding_index
 from jaxaccum._rows.public import public
+from jaxaccum._rows.unique_rows import sum_dtype
 
 Reduction = Literal["mean_per_row", "mean_per_gradient", "sum"]
 
@@ -57,6 +58,9 @@ class AccumulatorState:
 
     Slots fill in order of first touch. Slots from ``num_rows`` on are free; their values are
     whatever they were left with, and nothing reads them.
+
+    Counters stay at ``2**31 - 1`` once they are there. ``"mean_per_row"`` and
+    ``"mean_per_gradient"`` then divide by that, and ``global_step`` rises no further.
 
     Attributes:
       indices: int32 ``[capacity]``, the row each slot holds; padding in free slots.
@@ -138,11 +142,10 @@ def init(
     shape = canonical_shape(dense_shape)
     dtype = _numeric_dtype(dtype, "dtype")
     if accumulator_dtype is None:
-        narrow = dtype.itemsize <= 2 and jnp.issubdtype(dtype, jnp.floating)
-        accumulator_dtype = jnp.float32 if narrow else dtype
-    sum_dtype = _numeric_dtype(accumulator_dtype, "accumulator_dtype")
-    if not np.can_cast(dtype, sum_dtype):
-        raise ValueError(f"accumulator_dtype {sum_dtype} cannot hold sums of dtype {dtype}")
+        accumulator_dtype = sum_dtype(dtype)
+    held_dtype = _numeric_dtype(accumulator_dtype, "accumulator_dtype")
+    if not np.can_cast(dtype, held_dtype):
+        raise ValueError(f"accumulator_dtype {held_dtype} cannot hold sums of dtype {dtype}")
     capacity = operator.index(capacity)
     if not 1 <= capacity < 2**30 + 1:
         raise ValueError(f"capacity must be from 1 to 2**30, got {capacity}")
@@ -151,7 +154,7 @@ def init(
     rows, *row = shape
     return AccumulatorState(
         indices=jnp.full(capacity, padding_index(shape), jnp.int32),
-        values=jnp.zeros((capacity, *row), sum_dtype),
+        values=jnp.zeros((capacity, *row), held_dtype),
         counts=jnp.zeros(capacity, jnp.int32),
         num_rows=jnp.int32(0),
         num_accumulated=jnp.int32(0),
@@ -164,6 +167,37 @@ def init(
         dtype=dtype,
         reduction=reduction,
     )
+
+
+def set_step(state: AccumulatorState, new_step: ArrayLike) -> AccumulatorState:
+    """Sets the global step; what is accumulated stays, and stays counted.
+
+    Args:
+      state: the accumulator.
+      new_step: int scalar. A lower step than the current one is set all the same: gradients of
+        older steps then become acceptable again.
+
+    Returns:
+      The new state.
+
+    Raises:
+      TypeError: ``new_step`` is no integer.
+      ValueError: ``new_step`` is no scalar or does not fit int32.
+
+    Example:
+      >>> import jaxaccum
+      >>> state = jaxaccum.set_step(jaxaccum.init((100, 1), capacity=3), 5)
+      >>> state.global_step
+      Array(5, dtype=int32)
+
+    Source: TensorFlow's ``AccumulatorSetGlobalStep``.
+    """
+    return _set_step(state, as_int32(new_step, "new_step"))
+
+
+@jax.jit
+def _set_step(state: AccumulatorState, new_step: jax.Array) -> AccumulatorState:
+    return dataclasses.replace(state, global_step=jnp.asarray(new_step))
 
 
 def as_int32(value: ArrayLike, name: str) -> jax.Array | np.int32:

@@ -1,4 +1,4 @@
-"""optax over trees that mix tables and dense leaves: applying updates."""
+"""optax over trees that mix tables and dense leaves: applying updates, counting invalid ids."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxaccum._rows.indexed_slices import as_device_slices
 from jaxaccum._rows.opaque import UniqueRows
 from jaxaccum._rows.table_update import add_to_table
-from jaxaccum._rows.unique_rows import is_slices, promote_dtypes
-
-PyTree = Any
+from jaxaccum._rows.tree import PyTree
+from jaxaccum._rows.unique_rows import is_invalid, is_slices, promote_dtypes
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     """Adds updates to parameters: rows into tables, everything else as optax does.
 
-    Jitted with the parameters donated, rows are written in place. Where an update is wider than
-    its parameter, the sum is rounded once, to the parameter's dtype.
+    Jitted with the parameters donated, rows are written in place. The updates of a row are summed
+    in float32 at least, and what comes out is rounded once, to the parameter's dtype.
 
     Args:
       params: a tree of arrays.
@@ -28,7 +28,9 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
       The updated parameters, with the structure, shapes and dtypes of ``params``.
 
     Raises:
-      ValueError: an update does not fit its parameter, or outside ``jit`` has invalid indices.
+      ValueError: an update does not fit its parameter, or outside ``jit`` has indices that are
+        neither rows of its table nor padding. Inside ``jit`` such slices are dropped, and
+        :func:`count_invalid` counts them.
 
     Example:
       >>> import jax.numpy as jnp, jaxaccum
@@ -42,6 +44,37 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
         updates,
         is_leaf=lambda leaf: leaf is None,  # a frozen parameter, as in optax.apply_updates
     )
+
+
+def count_invalid(grads: PyTree, params: PyTree) -> PyTree:
+    """Counts the slices of each leaf whose index is neither a row of its table nor padding.
+
+    Outside of ``jit`` such slices raise in `lazy_rows` and `apply_updates`. Inside, where nothing
+    can raise, they are dropped: report this count beside the loss to know. (`accumulate` refuses
+    the whole gradient; its state counts those.)
+
+    Args:
+      grads: a tree of gradients or updates, ``IndexedSlices`` for tables.
+      params: the same tree of arrays.
+
+    Returns:
+      The same tree of int32 scalars; zero for leaves that are no tables.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum
+      >>> params = {"bias": jnp.ones(2), "table": jnp.ones((3, 1))}
+      >>> ids = jnp.array([2_000_000_000, 1, -1, 2**31 - 1])  # the last is padding
+      >>> table = jaxaccum.IndexedSlices(ids, jnp.ones((4, 1)), (None, 1))
+      >>> jaxaccum.count_invalid({"bias": jnp.ones(2), "table": table}, params)
+      {'bias': Array(0, dtype=int32), 'table': Array(2, dtype=int32)}
+    """
+
+    def count(grad: Any, param: Any) -> jax.Array:
+        if not is_slices(grad):
+            return jnp.int32(0)
+        return jnp.sum(is_invalid(as_device_slices(grad), param.shape[0]), dtype=jnp.int32)
+
+    return jax.tree.map(count, grads, params, is_leaf=is_slices)
 
 
 def _add(param: Any, update: Any, name: str) -> Any:

@@ -10,10 +10,11 @@ from jaxaccum._rows.indexed_slices import IndexedSlices
 
 @dataclasses.dataclass(frozen=True)
 class UniqueRows:
-    """An ``IndexedSlices`` known to hold every row once, as one opaque leaf of a tree.
+    """An ``IndexedSlices`` of a table's shape, each row once, zeros as padding: one opaque leaf.
 
-    ``accumulate`` hands these to its inner transform: ``lazy_rows`` need not look for duplicates,
-    and a transform that does not know them fails instead of treating indices as parameters.
+    ``accumulate`` hands these to its inner transform: ``lazy_rows`` need not check them or look for
+    duplicates, and a transform that does not know them fails instead of treating indices as
+    parameters.
 
     They are also the updates of Equinox modules. ``eqx.apply_updates`` maps over the leaves of the
     updates, and adds each to a parameter: a node of the tree could not stand there. JAX takes them

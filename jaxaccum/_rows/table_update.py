@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
-import jax.numpy as jnp
 
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.unique_rows import (
@@ -11,6 +12,7 @@ from jaxaccum._rows.unique_rows import (
     gather_rows,
     promote_dtypes,
     scatter_rows,
+    sum_dtype,
     unique_rows,
 )
 
@@ -21,12 +23,12 @@ def add_to_table(table: jax.Array, update: IndexedSlices, name: str) -> jax.Arra
     Raises:
       ValueError: ``update``, called ``name``, does not fit, or has invalid indices (outside jit).
     """
-    fitted, values = fit_to_table(update, table.shape, name), jnp.asarray(update.values)
-    wide = promote_dtypes(table.dtype, values.dtype)
+    update = fit_to_table(update, table.shape, name)
+    wide = sum_dtype(promote_dtypes(table.dtype, update.values.dtype))
+    update = dataclasses.replace(update, values=update.values.astype(wide))
     if wide == table.dtype:
-        # Padding is dropped whatever its values are: nothing to be gained by zeroing those first.
-        return table.at[fitted.indices].add(values.astype(wide), mode="drop")
+        return table.at[update.indices].add(update.values, mode="drop")
     # Rounded once a row, so that narrow tables neither lose duplicates nor round twice.
-    fitted = unique_rows(fitted)
-    rows = gather_rows(table, fitted.indices).astype(wide) + fitted.values.astype(wide)
-    return scatter_rows(table, fitted.indices, rows)
+    update = unique_rows(update)
+    rows = gather_rows(table, update.indices).astype(wide) + update.values
+    return scatter_rows(table, update.indices, rows)
