@@ -19,8 +19,7 @@ from jaxaccum._accumulator.take import take_if
 from jaxaccum._optimizers.lazy_rows import LazyUpdate, flatten_like, lazy_rows
 from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._rows.indexed_slices import IndexedSlices
-from jaxaccum._rows.modules import holds_equinox
-from jaxaccum._rows.opaque import UniqueRows
+from jaxaccum._rows.opaque import UniqueRows, fit_updates
 from jaxaccum._rows.public import public
 from jaxaccum._rows.tables import select_tables
 from jaxaccum._rows.tree import PyTree
@@ -168,11 +167,7 @@ def accumulate(
         ready = state.num_accumulated >= jnp.maximum(as_int32(required, "num_required"), 1)
         step = functools.partial(_step, tx, dtypes, reduction, extra_args)
         steps, state = _step_or_rest(ready, step, state, params)
-        if holds_equinox(updates):
-            steps = jax.tree.map(
-                lambda u: UniqueRows(u) if is_slices(u) else u, steps, is_leaf=is_slices
-            )
-        return steps, state
+        return fit_updates(steps, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

@@ -23,8 +23,7 @@ from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._optimizers.state_layout import RowLayout, row_layout, struct, struct_of
 from jaxaccum._optimizers.trial import TrialFailedError, check_row_separable
 from jaxaccum._rows.indexed_slices import IndexedSlices
-from jaxaccum._rows.modules import holds_equinox
-from jaxaccum._rows.opaque import UniqueRows
+from jaxaccum._rows.opaque import UniqueRows, fit_updates
 from jaxaccum._rows.tree import PyTree
 from jaxaccum._rows.unique_rows import (
     fit_to_table,
@@ -248,12 +247,10 @@ class LazyUpdate:
         plan.layout.check(state.inner_state if self._catch_up else state)
         block = _Block(self._tx, treedef, grads, param_leaves, tables, plan, extra_args)
         steps, state = block.update(state)
-        is_module = holds_equinox(updates)
         for t in tables:
             slices = dataclasses.replace(grads[t], values=steps[t])
-            is_leaf = is_module or isinstance(leaves[t], UniqueRows)
-            steps[t] = UniqueRows(slices) if is_leaf else slices
-        return jax.tree.unflatten(treedef, steps), state
+            steps[t] = UniqueRows(slices) if isinstance(leaves[t], UniqueRows) else slices
+        return fit_updates(jax.tree.unflatten(treedef, steps), updates), state
 
     def check(self, params: PyTree, is_table: PyTree) -> None:
         """Raises as the first update of ``params`` would, with the tables known beforehand."""

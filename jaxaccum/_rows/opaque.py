@@ -5,7 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
+
 from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.modules import holds_equinox
+from jaxaccum._rows.tree import PyTree
+from jaxaccum._rows.unique_rows import is_slices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,3 +33,10 @@ class UniqueRows:
     def __radd__(self, table: Any) -> Any:
         """Adds the rows to a table."""
         return table + self.slices
+
+
+def fit_updates(updates: PyTree, grads: PyTree) -> PyTree:
+    """Returns ``updates`` as the loop that made ``grads`` adds them: leaves in Equinox modules."""
+    if not holds_equinox(grads):
+        return updates
+    return jax.tree.map(lambda u: UniqueRows(u) if is_slices(u) else u, updates, is_leaf=is_slices)

@@ -67,7 +67,7 @@ def call_with_modules(
     """Calls ``differentiate`` of ``fun``, which sees modules, on the arrays these are made of.
 
     Args:
-      differentiate: takes a function that returns ``(value, aux)``, as `jax.value_and_grad` does.
+      differentiate: takes a function and ``has_aux``, as `jax.value_and_grad` does.
       fun: what the user wants differentiated.
       has_aux: whether ``fun`` returns ``(value, aux)``.
       args: all positional arguments.
@@ -84,7 +84,7 @@ def call_with_modules(
         return value, (aux, {p: m.read_state(full[p]) for p, m in modules.items()})
 
     arrays = [modules[p].arrays if p in modules else arg for p, arg in enumerate(args)]
-    (value, (aux, states)), grads = differentiate(fun_of_arrays)(*arrays, **kwargs)
+    (value, (aux, states)), grads = differentiate(fun_of_arrays, has_aux=True)(*arrays, **kwargs)
     for position, module in modules.items():
         module.write_state(states[position])
     return ((value, aux) if has_aux else value), grads

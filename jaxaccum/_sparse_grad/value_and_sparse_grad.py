@@ -100,13 +100,8 @@ def value_and_sparse_grad(
         places = _places(positions, len(args))
         modules = split_modules(args, dict(zip(places, numbers, strict=True)))
         if modules:
-            of_arrays = functools.partial(
-                value_and_sparse_grad,
-                argnums=places[0] if single else places,
-                has_aux=True,
-                tables=tables,
-                allow_dense=allow_dense,
-            )
+            again = functools.partial(value_and_sparse_grad, tables=tables, allow_dense=allow_dense)
+            of_arrays = functools.partial(again, argnums=places[0] if single else places)
             return call_with_modules(of_arrays, fun, has_aux, args, modules, **kwargs)
         target = args[places[0]] if single else tuple(args[place] for place in places)
         selected = select_tables(tables, target)

@@ -371,7 +371,7 @@ class TestApplyUpdates:
     def test_updates_scaled_outside_of_lazy_rows_are_refused(self):
         tx = optax.chain(jaxaccum.lazy_rows(optax.sgd(0.1)), optax.scale(0.5))
         params = make_params()
-        with pytest.raises(TypeError, match=r"^optax\.scale takes the row numbers .* lazy_rows"):
+        with pytest.raises(TypeError, match=r"^optax\.scale takes the row numbers .*lazy_rows"):
             tx.update(make_grads([1]), tx.init(params), params)
 
     def test_a_chain_of_lazy_transforms_composes(self):
