@@ -75,6 +75,7 @@ def test_an_unknown_vocabulary_joins_a_known_one():
     known = grad()
     for total in (known + unknown, unknown + known):
         assert total.dense_shape == SHAPE
+        assert total.indices.max() == 7  # one padding for all
         want = dense(known)
         want[3] += np.asarray(unknown.values[0])
         np.testing.assert_allclose(total.to_dense(), want, rtol=1e-6)
