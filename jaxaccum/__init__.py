@@ -29,6 +29,7 @@ from jaxaccum._sparse_ops.ops import (
     sparse_slice_jvp,
 )
 from jaxaccum._tensorflow.conditional_accumulator import SparseConditionalAccumulator
+from jaxaccum._tensorflow.sparse_gradient import SparseGradient
 
 __all__ = [
     "AccumulatorState",
@@ -38,6 +39,7 @@ __all__ = [
     "InvalidArgumentError",
     "MicroBatchState",
     "SparseConditionalAccumulator",
+    "SparseGradient",
     "Verdict",
     "accumulate",
     "all_apply",

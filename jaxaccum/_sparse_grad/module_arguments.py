@@ -63,7 +63,7 @@ def call_with_modules(
     args: Sequence[Any],
     modules: Mapping[int, SplitModule],
     **kwargs: Any,
-) -> Any:
+) -> tuple[Any, Any]:
     """Calls ``differentiate`` of ``fun``, which sees modules, on the arrays these are made of.
 
     Args:
