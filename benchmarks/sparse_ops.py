@@ -24,7 +24,6 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorflow as tf
 from jax.experimental import checkify, sparse
 
 import jaxaccum
@@ -162,6 +161,8 @@ def jax_steps(pairs: Pairs, mixed: Pairs) -> dict[str, Step]:
 
 
 def tensorflow_steps(pairs: Pairs) -> dict[str, Step]:
+    import tensorflow as tf
+
     ops = tf.raw_ops
     shape, thresh = tf.constant([SIDE, SIDE], tf.int64), tf.constant(0.0)
     start, size = tf.constant(START, tf.int64), tf.constant(SIZE, tf.int64)
@@ -233,7 +234,7 @@ def measure(nse: int) -> list[dict[str, Any]]:
     peers = {
         "jaxaccum": jaxaccum_steps(pairs, mixed),
         "jax.experimental.sparse": jax_steps(pairs, mixed),
-        "tensorflow": tensorflow_steps(pairs),
+        **({"tensorflow": tensorflow_steps(pairs)} if harness.is_installed("tensorflow") else {}),
         **least_steps(pairs),
     }
     is_long = nse > 100_000
