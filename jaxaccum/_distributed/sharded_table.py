@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxaccum._accumulator.apply import add_claimed, check_matches, table_rows
+from jaxaccum._accumulator.counters import saturating_add
 from jaxaccum._accumulator.row_index import NOWHERE, Claim, DirectMap
 from jaxaccum._accumulator.state import AccumulatorState, Verdict, as_int32
-from jaxaccum._accumulator.verbs import add_claimed, check_matches, table_rows
 from jaxaccum._distributed.exchange import AxisName, all_gather, all_to_all, axis_size
 from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
 from jaxaccum._rows.prefix_sums import count_before
@@ -93,8 +94,8 @@ def all_apply(
     )
     return dataclasses.replace(
         state,
-        num_accumulated=state.num_accumulated + tally[Verdict.ACCEPTED],
-        verdict_counts=state.verdict_counts + tally,
+        num_accumulated=saturating_add(state.num_accumulated, tally[Verdict.ACCEPTED]),
+        verdict_counts=saturating_add(state.verdict_counts, tally),
     ), verdict
 
 
