@@ -14,6 +14,7 @@ from jaxaccum._optimizers.apply_updates import apply_updates
 from jaxaccum._optimizers.lazy_rows import lazy_rows
 from jaxaccum._optimizers.rowwise_adagrad import rowwise_adagrad
 from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.row_major import row_major
 from jaxaccum._rows.unique_rows import sum_duplicates
 from jaxaccum._sparse_grad.value_and_sparse_grad import value_and_sparse_grad
 from jaxaccum._sparse_ops.ops import (
@@ -48,6 +49,7 @@ __all__ = [
     "merge",
     "raw_ops",
     "replicate",
+    "row_major",
     "rowwise_adagrad",
     "set_step",
     "shard_init",

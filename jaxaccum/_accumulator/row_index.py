@@ -17,18 +17,16 @@ contents. What is needed later is read from the new buffer instead.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxaccum._rows.prefix_sums import count_before, rank_in_words
+from jaxaccum._rows.public import pytree
 
 # Past the end of every table: scatters drop it. Also the map entry of a row without a slot.
 NOWHERE = 2**31 - 1
-
-_register = functools.partial(jax.tree_util.register_dataclass, meta_fields=[])
 
 
 class Bid(NamedTuple):
@@ -69,7 +67,7 @@ class Claim(NamedTuple):
     fits: jax.Array
 
 
-@functools.partial(_register, data_fields=["slots"])
+@pytree(data_fields=["slots"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class DirectMap:
     """Slot of each row, NOWHERE where it has none; int32 ``[rows]``."""
@@ -161,7 +159,7 @@ def _rank_in_bitmap(ids: jax.Array, rows: int) -> jax.Array:
     return jnp.where(ids < rows, rank_in_words(words, ids), NOWHERE)
 
 
-@functools.partial(_register, data_fields=["keys", "places"])
+@pytree(data_fields=["keys", "places"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class HashTable:
     """Open addressing with double hashing: ``keys`` hold the row of each place, int32 ``[places]``.

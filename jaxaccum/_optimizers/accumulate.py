@@ -18,7 +18,7 @@ from jaxaccum._accumulator.take import take
 from jaxaccum._optimizers.lazy_rows import LazyUpdate, UniqueRows, lazy_rows
 from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
-from jaxaccum._rows.public import public
+from jaxaccum._rows.public import public, pytree
 from jaxaccum._rows.tables import select_tables
 from jaxaccum._rows.unique_rows import is_slices, promote_dtypes, sum_dtype
 
@@ -29,8 +29,7 @@ PyTree = Any
 
 
 @public
-@functools.partial(
-    jax.tree_util.register_dataclass,
+@pytree(
     data_fields=[
         "sums",
         "inner_state",

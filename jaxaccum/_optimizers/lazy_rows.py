@@ -22,6 +22,7 @@ from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._optimizers.state_layout import RowLayout, row_layout, struct, struct_of
 from jaxaccum._optimizers.trial import TrialFailedError, check_row_separable
 from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.row_major import warn_if_copied
 from jaxaccum._rows.unique_rows import (
     fit_to_table,
     gather_rows,
@@ -92,6 +93,7 @@ def lazy_rows(
     inner = optax.with_extra_args_support(tx)
 
     def init(params: PyTree) -> PyTree:
+        warn_if_copied(params, "params")
         state = inner.init(params)
         return init_catch_up(state, params) if catch_up else state
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import operator
 from typing import cast
 
@@ -13,18 +12,14 @@ import numpy as np
 from jax.experimental import sparse
 from jax.typing import ArrayLike
 
-from jaxaccum._rows.public import public
+from jaxaccum._rows.public import public, pytree
 
 # No row has this index: the padding of gradients whose row count is unknown.
 UNKNOWN_ROWS_PADDING = 2**31 - 1
 
 
 @public
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["indices", "values"],
-    meta_fields=["dense_shape"],
-)
+@pytree(data_fields=["indices", "values"], meta_fields=["dense_shape"])
 @dataclasses.dataclass(frozen=True)
 class IndexedSlices:
     """Rows of a gradient that is zero everywhere else.

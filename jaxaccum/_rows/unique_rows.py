@@ -172,7 +172,7 @@ def _add_in_order_jvp(
     primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
 ) -> tuple[jax.Array, jax.Array]:
     # The sum is linear, and a loop of unknown length cannot be transposed.
-    values, order, segment = primals
+    _, order, segment = primals
     return _add_in_order(*primals), _add_where_they_lie(tangents[0], order, segment)
 
 
