@@ -43,7 +43,7 @@ GPU_FLAGS = "--xla_gpu_enable_cub_radix_sort=false"
 def targets_here() -> list[str]:
     """The targets for which this environment has the package."""
     tpu = TPUS if importlib.util.find_spec("libtpu") else {}
-    gpu = GPUS if importlib.util.find_spec("jax_plugins.xla_cuda12") else {}
+    gpu = GPUS if importlib.util.find_spec("jax_cuda12_plugin") else {}
     return [*tpu, *gpu]
 
 
@@ -132,12 +132,13 @@ class Compiled:
         )
 
     def copies_of(self, num_bytes: int) -> list[str]:
-        """Copies of at least so many bytes, anywhere."""
+        """Copies of at least so many bytes, anywhere; but not into a TPU's vector memory."""
         return [
             line
             for lines in self.computations.values()
             for line in lines
             if _opcode(line) in ("copy", "copy-start") and _bytes_of(line) >= num_bytes
+            if "S(1)" not in line.split("copy")[1]
         ]
 
 
@@ -171,17 +172,25 @@ def compile_for(
 ) -> Compiled:
     """Compiles ``function`` of arrays of ``shapes`` for one device of ``target``.
 
-    ``place(tree, sharding)`` gives the formats of donated arguments, which outputs then take over:
-    the function must return them first, in the same order, and one other result.
+    ``place(tree, sharding)`` gives the formats of the arguments; results that take the place of
+    donated ones, which come first, keep theirs.
     """
     one = SingleDeviceSharding(devices(target)[0])
-    formats = [jax.tree.map(lambda _: one, tree) for tree in shapes]
-    options: dict[str, Any] = {}
-    if place is not None:
-        for i in donate:
-            formats[i] = place(shapes[i], one)
-        options["out_shardings"] = (*(formats[i] for i in donate), None)
-    return compile_placed(function, shapes, formats, donate=donate, **options)
+    if place is None:
+        formats = [jax.tree.map(lambda _: one, tree) for tree in shapes]
+        return compile_placed(function, shapes, formats, donate=donate)
+    formats = [place(tree, one) for tree in shapes]
+    return compile_placed(
+        function, shapes, formats, donate=donate, **kept_formats(function, shapes, formats, donate)
+    )
+
+
+def kept_formats(function: Callable[..., Any], shapes: Any, formats: Any, donate: Any) -> Any:
+    """Options of `jax.jit` that give the first results the formats of the donated arguments."""
+    if not donate:
+        return {}
+    others = [None] * (len(jax.eval_shape(function, *shapes)) - len(donate))
+    return {"out_shardings": (*(formats[i] for i in donate), *others)}
 
 
 def compile_placed(
