@@ -7,6 +7,7 @@ what the bytes that any implementation must move would take at the memory's full
 
     export JAX_PLATFORMS=cpu XLA_FLAGS=--xla_gpu_enable_cub_radix_sort=false
     python benchmarks/compiled.py [--by-default] [--columns 64] [--package FOLDER] [--name after]
+    python benchmarks/compiled.py --table
 
 ``--package`` reads another version of jaxaccum, for a table of before and after; ``--by-default``
 leaves tables on TPUs as they come, by columns.
@@ -53,6 +54,29 @@ def measure(target: str, name: str, columns: int, by_default: bool) -> dict[str,
     }
 
 
+def print_table(before: pathlib.Path, after: pathlib.Path) -> None:
+    """The table of docs/accelerators.md: before and after, where both have been compiled."""
+    old = {
+        (row["target"], row["path"], row["columns"]): row for row in json.loads(before.read_text())
+    }
+    changing = ["kernels", "sorts", "scatters", "loops", "temp MB", "accessed MB"]
+    fixed = ["must move MB", "least us"]
+    print("| target | path | " + " | ".join(changing + fixed) + " |")
+    print("|---" * (2 + len(changing + fixed)) + "|")
+    for row in json.loads(after.read_text()):
+        was = old.get((row["target"], row["path"], row["columns"]))
+        if was is None:
+            continue
+        cells = [
+            str(row[key]) if was[key] == row[key] else f"{was[key]} → {row[key]}"
+            for key in changing
+        ]
+        if not row["accessed MB"]:
+            cells[-1] = ""  # no estimate
+        cells += [str(row[key]) for key in fixed]
+        print(f"| {row['target']} | `{row['path']}` | " + " | ".join(cells) + " |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--package", default=str(ROOT), help="folder that holds jaxaccum")
@@ -60,12 +84,17 @@ def main() -> None:
     parser.add_argument("--columns", type=int, nargs="+", default=[64])
     parser.add_argument("--targets", nargs="+", help="all that are here by default")
     parser.add_argument("--by-default", action="store_true", help="tables of TPUs by columns")
+    parser.add_argument("--table", action="store_true", help="print what before and after say")
     options = parser.parse_args()
+    results = ROOT / "benchmarks" / "results"
+    if options.table:
+        print_table(results / "compiled-before.json", results / "compiled-after.json")
+        return
     sys.path[:0] = [str(ROOT / "tests" / "helpers"), options.package]
     import public_programs
     import targets
 
-    file = ROOT / "benchmarks" / "results" / f"compiled-{options.name}.json"
+    file = results / f"compiled-{options.name}.json"
     rows = json.loads(file.read_text()) if file.exists() else []
     for target in options.targets or targets.targets_here():
         for columns in options.columns:

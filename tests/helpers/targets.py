@@ -138,7 +138,7 @@ class Compiled:
             for lines in self.computations.values()
             for line in lines
             if _opcode(line) in ("copy", "copy-start") and _bytes_of(line) >= num_bytes
-            if "S(1)" not in line.split("copy")[1]
+            if "S(1)" not in line.split(" copy")[0]
         ]
 
 

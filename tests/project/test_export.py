@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import subprocess
 import sys
 
@@ -78,3 +79,18 @@ def test_every_function_is_lowered_for_every_platform(name, known):
     program = programs.ONE_DEVICE[name](size)
     exported = jax.export.export(jax.jit(program.function), platforms=PLATFORMS)(*program.shapes)
     assert exported.platforms == tuple(PLATFORMS)
+
+
+@pytest.mark.parametrize("name", ["take", "sum_duplicates", "value_and_sparse_grad"])
+def test_no_floats_are_added_in_an_order_of_the_devices_own(name):
+    program = programs.ONE_DEVICE[name](SIZE)
+    exported = jax.export.export(jax.jit(program.function), platforms=["cuda"])(*program.shapes)
+    scatters = exported.mlir_module().split('"stablehlo.scatter"')[1:]
+    bodies = [text[: text.index("stablehlo.return")] for text in scatters]
+    assert not [body for body in bodies if re.search(r"stablehlo.add .*tensor<f32>", body)]
+
+
+def test_a_repeated_row_is_added_as_the_device_likes_unless_summed_before():
+    program = programs.apply(SIZE)
+    exported = jax.export.export(jax.jit(program.function), platforms=["cuda"])(*program.shapes)
+    assert len(re.findall(r"stablehlo.add .*tensor<f32>", exported.mlir_module())) == 1
