@@ -126,9 +126,9 @@ def lazy_adam(size: Size) -> Program:
 def accumulated_adam(size: Size) -> Program:
     tx = _accumulated(jaxaccum.lazy_rows(optax.adam(1e-3)), size)
     program = training_step(tx, size, 2 * size.columns)
-    return dataclasses.replace(
-        program, must_move=size.capacity * 10 * size.row_bytes + apply(size).must_move
-    )
+    # Of each row taken: its sums in; the table's and both moments' rows in and out.
+    moved = size.capacity * 7 * size.row_bytes + apply(size).must_move
+    return dataclasses.replace(program, must_move=moved)
 
 
 def rowwise_adagrad(size: Size) -> Program:
@@ -138,7 +138,9 @@ def rowwise_adagrad(size: Size) -> Program:
 
 def accumulated_adagrad(size: Size) -> Program:
     tx = jaxaccum.rowwise_adagrad(0.1, stochastic_rounding=True)
-    return training_step(_accumulated(jaxaccum.lazy_rows(tx), size), size, 1)
+    program = training_step(_accumulated(jaxaccum.lazy_rows(tx), size), size, 1)
+    moved = size.capacity * 3 * size.row_bytes + apply(size).must_move
+    return dataclasses.replace(program, must_move=moved)
 
 
 def _matrix(size: Size) -> sparse.BCOO:
