@@ -10,7 +10,8 @@ import jax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Sharding, SingleDeviceSharding
 
-PyTree = Any
+from jaxaccum._rows.tree import PyTree
+
 _LARGE = 2**20  # entries; a copy of fewer costs little
 
 
