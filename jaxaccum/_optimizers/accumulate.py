@@ -20,7 +20,7 @@ from jaxaccum._optimizers.lazy_rows import LazyUpdate, flatten_like, lazy_rows
 from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.opaque import UniqueRows, fit_updates
-from jaxaccum._rows.public import public
+from jaxaccum._rows.public import public, pytree
 from jaxaccum._rows.tables import select_tables
 from jaxaccum._rows.tree import PyTree
 from jaxaccum._rows.unique_rows import (
@@ -36,8 +36,7 @@ if TYPE_CHECKING:
 
 
 @public
-@functools.partial(
-    jax.tree_util.register_dataclass,
+@pytree(
     data_fields=[
         "sums",
         "inner_state",
