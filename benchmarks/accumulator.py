@@ -60,6 +60,16 @@ CYCLES = (
 )
 
 
+if harness.TINY:
+    CYCLES = tuple(
+        dataclasses.replace(
+            work,
+            num_ids=harness.scaled(work.num_ids),
+            rows=harness.scaled(work.rows),
+            capacity=2 * work.applies * harness.scaled(work.num_ids),
+        )
+        for work in CYCLES
+    )
 PEERS = ("tensorflow", "tf at once", "torch", "dense")
 
 # The same cycle in each library: a function that runs it once and returns what to wait for.
@@ -231,7 +241,7 @@ def floors() -> None:
             times.setdefault(name, []).append(seconds * 1e3)
             return result
 
-        for turn in range(24):
+        for turn in range(3 if harness.TINY else 24):
             for grad in grads:
                 known, _ = timed("apply", lambda s=known, g=grad: apply(s, g))
                 loose = dataclasses.replace(grad, dense_shape=None)
@@ -273,7 +283,8 @@ def scaling() -> None:
         "capacity": [(1_000_000, n) for n in (4_096, 65_536, 1_000_000, 4_000_000)],
     }
     rows = []
-    for sizes in groups.values():
+    for full in groups.values():
+        sizes = [tuple(map(harness.scaled, size)) for size in full]
         labels = [f"{num_rows:,} rows, capacity {capacity:,}" for num_rows, capacity in sizes]
         held = dict(zip(labels, (repeated_apply(*size, held=True) for size in sizes), strict=True))
         new = dict(zip(labels, (repeated_apply(*size, held=False) for size in sizes), strict=True))
@@ -305,11 +316,12 @@ def repeated_apply(num_rows: int, capacity: int, *, held: bool) -> Callable[[], 
     """
     rng = np.random.default_rng(0)
     shape = (num_rows, 64)
-    ids = rng.choice(num_rows, 4096, replace=num_rows < 4096)
+    num_ids = harness.scaled(4096)
+    ids = rng.choice(num_rows, num_ids, replace=num_rows < num_ids)
     grads = [
         jaxaccum.IndexedSlices(
             jnp.asarray(rng.permutation(ids), jnp.int32),
-            jnp.asarray(rng.standard_normal((4096, 64), np.float32)),
+            jnp.asarray(rng.standard_normal((num_ids, 64), np.float32)),
             shape,
         )
         for _ in range(4)

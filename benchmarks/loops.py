@@ -33,7 +33,7 @@ from flax.training.train_state import TrainState
 
 import jaxaccum
 
-WIDTH, BATCH = 64, 4096
+WIDTH, BATCH = 64, harness.scaled(4096)
 SPARSE = functools.partial(
     jaxaccum.value_and_sparse_grad,
     tables=lambda path, leaf: "embed" in jax.tree_util.keystr(path),
@@ -198,7 +198,7 @@ def compare(name: str, rows: int, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=1_000_000)
+    parser.add_argument("--rows", type=int, default=harness.scaled(1_000_000))
     parser.add_argument("--loops", nargs="+", default=[*LOOPS], choices=[*LOOPS])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--name", default="loops")

@@ -260,7 +260,8 @@ def measure(nse: int) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sizes = [int(arg) for arg in sys.argv[1:]] or [1024, 65_536, 1_000_000]
+    sizes = [int(arg) for arg in sys.argv[1:]] or [*map(harness.scaled, (1024, 65_536))]
+    sizes += [] if sys.argv[1:] or harness.TINY else [1_000_000]
     harness.report(
         "sparse_ops",
         [row for nse in sizes for row in measure(nse)],

@@ -32,7 +32,7 @@ import optax
 
 import jaxaccum
 
-WIDTH, BATCH, MICRO_BATCHES = 64, 4096, 4
+WIDTH, BATCH, MICRO_BATCHES = 64, harness.scaled(4096), 4
 TABLES = {"hidden": False, "table": True}
 
 
@@ -177,7 +177,8 @@ def compare(rows: int, peers: list[str], repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
+    rows = [harness.scaled(100_000), harness.scaled(1_000_000)]
+    parser.add_argument("--rows", type=int, nargs="+", default=rows)
     parser.add_argument("--peers", nargs="+", default=[*JAX_PEERS, "torch"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--name", default="train_step")
