@@ -5,7 +5,13 @@ from jaxaccum._accumulator.state import AccumulatorState, Verdict, init
 from jaxaccum._accumulator.verbs import apply, grow, merge, num_accumulated, set_step, take
 from jaxaccum._coordinator.errors import CancelledError, DeadlineExceededError, InvalidArgumentError
 from jaxaccum._distributed.all_merge import all_merge, all_take
-from jaxaccum._distributed.mesh import replicate, shard_init, shard_rows, shard_specs
+from jaxaccum._distributed.mesh import (
+    drop_device_axis,
+    replicate,
+    shard_init,
+    shard_rows,
+    shard_specs,
+)
 from jaxaccum._distributed.sharded_table import all_apply, all_lookup
 from jaxaccum._optimizers.accumulate import MicroBatchState, accumulate
 from jaxaccum._optimizers.apply_updates import apply_updates
@@ -40,6 +46,7 @@ __all__ = [
     "all_take",
     "apply",
     "apply_updates",
+    "drop_device_axis",
     "grow",
     "init",
     "lazy_rows",
