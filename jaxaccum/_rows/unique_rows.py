@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
 from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
+from jaxaccum._rows.on_mesh import read_rows, unshard, write_rows
 from jaxaccum._rows.quotient import quotient
 
 
@@ -41,6 +44,9 @@ def fit_to_table(
     if slices.num_rows not in (None, table_shape[0]):
         raise ValueError(f"{name} has {slices.num_rows} rows, its table {table_shape[0]}")
     _check_indices(slices, name)
+    slices = dataclasses.replace(
+        slices, indices=unshard(slices.indices), values=unshard(slices.values)
+    )
     mask = slices.row_mask & (slices.indices < table_shape[0])
     indices = jnp.where(mask, slices.indices, table_shape[0]).astype(jnp.int32)
     wide_mask = jnp.expand_dims(mask, tuple(range(1, slices.values.ndim)))
@@ -99,7 +105,7 @@ def unique_rows(slices: IndexedSlices) -> IndexedSlices:
 
 def gather_rows(table: jax.Array, indices: jax.Array) -> jax.Array:
     """Returns the rows of ``table`` at ``indices``, zeros for padding."""
-    rows = table.at[indices].get(mode="fill", fill_value=0)
+    rows = read_rows(lambda t, i: t.at[i].get(mode="fill", fill_value=0), table, indices)
     if indices.shape[0] == 0 or not jnp.issubdtype(table.dtype, jnp.floating):
         return rows
     # Rows that XLA's CPU backend has merely to move take it three times as long as rows it computes
@@ -112,7 +118,16 @@ def gather_rows(table: jax.Array, indices: jax.Array) -> jax.Array:
 
 def scatter_rows(table: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
     """Returns ``table`` with ``rows`` at ``indices``, which are unique; padding is dropped."""
-    return table.at[indices].set(rows.astype(table.dtype), mode="drop", unique_indices=True)
+
+    def write(table: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
+        return table.at[indices].set(rows, mode="drop", unique_indices=True)
+
+    return write_rows(write, table, indices, rows.astype(table.dtype))
+
+
+def add_rows(table: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns ``table`` with ``rows`` added at ``indices``; padding is dropped."""
+    return write_rows(lambda t, i, r: t.at[i].add(r, mode="drop"), table, indices, rows)
 
 
 def _sum_duplicates(slices: IndexedSlices) -> IndexedSlices:
