@@ -15,6 +15,7 @@ from jaxaccum._accumulator.reduction import reduce_sums
 from jaxaccum._accumulator.row_index import NOWHERE, Claim, HashTable
 from jaxaccum._accumulator.state import AccumulatorState, Verdict, as_int32, init
 from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices, padding_index
+from jaxaccum._rows.on_mesh import match_rows, unshard
 
 
 def apply(
@@ -207,6 +208,7 @@ def apply_all(
     states: list[AccumulatorState], grads: list[IndexedSlices], is_stale: jax.Array
 ) -> tuple[list[AccumulatorState], jax.Array]:
     """Adds a gradient to each of several accumulators, or none to any: one verdict on them all."""
+    grads = [_on_mesh(grad, state) for state, grad in zip(states, grads, strict=True)]
     rows = [table_rows(grad, s.dense_shape[0]) for s, grad in zip(states, grads, strict=True)]
     is_invalid = functools.reduce(jnp.logical_or, (is_bad for _, is_bad in rows), jnp.bool_(False))
     all_ids = [jnp.where(is_stale | is_invalid, NOWHERE, ids) for ids, _ in rows]
@@ -231,6 +233,11 @@ def apply_all(
         )
         results.append(add_claimed(added, claim, ids, values, jnp.int32(1)))
     return results, verdict
+
+
+def _on_mesh(grad: IndexedSlices, state: AccumulatorState) -> IndexedSlices:
+    values = match_rows(unshard(grad.values), state.values)
+    return dataclasses.replace(grad, indices=unshard(grad.indices), values=values)
 
 
 @jax.jit
