@@ -17,6 +17,7 @@ from jaxaccum._accumulator.verbs import apply_all, count_verdict, take
 from jaxaccum._optimizers.lazy_rows import LazyUpdate, UniqueRows, lazy_rows
 from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
+from jaxaccum._rows.on_mesh import match_rows
 from jaxaccum._rows.public import public
 from jaxaccum._rows.tables import select_tables
 from jaxaccum._rows.unique_rows import is_slices, promote_dtypes, sum_dtype
@@ -179,8 +180,9 @@ def _capacities(capacity: PyTree, params: PyTree) -> PyTree:
 def _new_sum(param: Any, is_table: bool, capacity: Any, *, reduction: Reduction) -> Any:
     dtype = sum_dtype(jnp.result_type(param))
     if is_table:
-        return init_sums(param.shape, dtype, capacity=capacity, reduction=reduction)
-    return jnp.zeros(jnp.shape(param), dtype)
+        state = init_sums(param.shape, dtype, capacity=capacity, reduction=reduction)
+        return dataclasses.replace(state, values=match_rows(state.values, param))
+    return jnp.zeros_like(param, dtype)
 
 
 def _is_accumulator(node: object) -> bool:
@@ -320,10 +322,8 @@ def _rest(
 
     def nothing(leaf: Any) -> Any:
         if not is_slices(leaf):
-            return jnp.zeros(leaf.shape, leaf.dtype)
+            return jnp.zeros_like(leaf)  # sharded alike, too
         indices = jnp.full(leaf.indices.shape, leaf.padding_index, jnp.int32)
-        return IndexedSlices(
-            indices, jnp.zeros(leaf.values.shape, leaf.values.dtype), leaf.dense_shape
-        )
+        return IndexedSlices(indices, jnp.zeros_like(leaf.values), leaf.dense_shape)
 
     return jax.tree.map(nothing, shapes, is_leaf=is_slices), state

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.unique_rows import (
+    add_rows,
     fit_to_table,
     gather_rows,
     is_slices,
@@ -76,7 +77,7 @@ def _add_rows(param: jax.Array, update: IndexedSlices, values: jax.Array) -> jax
     wide = promote_dtypes(param.dtype, values.dtype)
     if wide == param.dtype:
         # Padding is dropped whatever its values are: nothing to be gained by zeroing those first.
-        return param.at[update.indices].add(jnp.asarray(values).astype(wide), mode="drop")
+        return add_rows(param, update.indices, jnp.asarray(values).astype(wide))
     # Rounded once a row, so that narrow tables neither lose duplicates nor round twice.
     update = unique_rows(update)
     rows = gather_rows(param, update.indices).astype(wide) + update.values.astype(wide)
