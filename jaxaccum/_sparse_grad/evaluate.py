@@ -117,6 +117,13 @@ def _run(jaxpr: Any, eqns: Sequence[Any], env: dict[Any, Any], needed: set[Any])
     env.update(zip(results, core.jaxpr_as_fun(core.ClosedJaxpr(part, []))(*args), strict=True))
 
 
+def _mesh_of(eqn: Any) -> contextlib.AbstractContextManager[Any]:
+    """Where JAX has made the axes of an explicit mesh Auto for an equation, they are so again."""
+    mesh, current = eqn.outvars[0].aval.sharding.mesh, jax.sharding.get_abstract_mesh()
+    is_other = not current.empty and mesh != current
+    return jax.sharding.use_abstract_mesh(mesh) if is_other else contextlib.nullcontext()
+
+
 def _apply(jaxpr: Any, eqn: Any, env: dict[Any, Any], wanted: list[bool]) -> list[Any]:
     """Evaluates one equation on slices, or as it is if it cannot keep them."""
     operands = [_read(env, atom) for atom in eqn.invars]
@@ -131,7 +138,7 @@ def _apply(jaxpr: Any, eqn: Any, env: dict[Any, Any], wanted: list[bool]) -> lis
             value if isinstance(value, SparseSum) else whole(value, atom.aval)
             for value, atom in zip(operands, eqn.invars, strict=True)
         ]
-        with contextlib.suppress(NotSparseError):
+        with contextlib.suppress(NotSparseError), _mesh_of(eqn):
             return list(RULES[name](eqn, arrays))
     reason = blame(eqn)
     for operand in operands:

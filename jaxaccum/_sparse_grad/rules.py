@@ -7,13 +7,14 @@ import functools
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.extend import core, source_info_util
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxaccum._sparse_grad.terms import Carry, SparseSum, Term
 
@@ -302,6 +303,19 @@ def _all_gather(eqn: Any, term: Term) -> Term:
     return term
 
 
+def _reshard(eqn: Any, term: Term) -> Term:
+    """To another sharding, or into or out of Auto axes: all slices on every device."""
+    sharding = eqn.outvars[0].aval.sharding
+    row = (sharding.spec[a] for a in term.whole_axes)
+
+    def moved(x: jax.Array, *spec: Any) -> jax.Array:
+        to = NamedSharding(sharding.mesh, PartitionSpec(*spec))  # type: ignore[no-untyped-call]
+        return cast("jax.Array", eqn.primitive.bind(x, **{**eqn.params, "dst_sharding": to}))
+
+    coords = tuple(moved(coord, None) for coord in term.coords)
+    return dataclasses.replace(term, coords=coords, values=moved(term.values, None, *row))
+
+
 def _add(eqn: Any, operands: Sequence[Any]) -> list[SparseSum]:
     if not all(isinstance(operand, SparseSum) for operand in operands):
         raise NotSparseError
@@ -351,6 +365,7 @@ RULES: dict[str, Rule] = {
     "copy": _identity,
     "copy_p": _identity,
     "sharding_constraint": _identity,
+    "reshard": _term_wise(_reshard),
     "optimization_barrier": _identity,
     "pvary": _identity,
     "psum_invariant": _term_wise(_all_gather),
