@@ -1,8 +1,10 @@
 """jaxaccum: sparse-gradient accumulation for JAX."""
 
 from jaxaccum import raw_ops
-from jaxaccum._accumulator.state import AccumulatorState, Verdict, init
-from jaxaccum._accumulator.verbs import apply, grow, merge, num_accumulated, set_step, take
+from jaxaccum._accumulator.apply import apply
+from jaxaccum._accumulator.merge import grow, merge
+from jaxaccum._accumulator.state import AccumulatorState, Verdict, init, set_step
+from jaxaccum._accumulator.take import take
 from jaxaccum._coordinator.errors import CancelledError, DeadlineExceededError, InvalidArgumentError
 from jaxaccum._distributed.all_merge import all_merge, all_take
 from jaxaccum._distributed.mesh import (
@@ -51,7 +53,6 @@ __all__ = [
     "init",
     "lazy_rows",
     "merge",
-    "num_accumulated",
     "raw_ops",
     "replicate",
     "rowwise_adagrad",

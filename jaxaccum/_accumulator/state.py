@@ -58,6 +58,9 @@ class AccumulatorState:
     Slots fill in order of first touch. Slots from ``num_rows`` on are free; their values are
     whatever they were left with, and nothing reads them.
 
+    Counters stay at ``2**31 - 1`` once they are there. ``"mean_per_row"`` and
+    ``"mean_per_gradient"`` then divide by that, and ``global_step`` rises no further.
+
     Attributes:
       indices: int32 ``[capacity]``, the row each slot holds; padding in free slots.
       values: ``[capacity, *row]`` in the accumulator dtype, the sums.
@@ -164,6 +167,37 @@ def init(
         dtype=dtype,
         reduction=reduction,
     )
+
+
+def set_step(state: AccumulatorState, new_step: ArrayLike) -> AccumulatorState:
+    """Sets the global step; what is accumulated stays, and stays counted.
+
+    Args:
+      state: the accumulator.
+      new_step: int scalar. A lower step than the current one is set all the same: gradients of
+        older steps then become acceptable again.
+
+    Returns:
+      The new state.
+
+    Raises:
+      TypeError: ``new_step`` is no integer.
+      ValueError: ``new_step`` is no scalar or does not fit int32.
+
+    Example:
+      >>> import jaxaccum
+      >>> state = jaxaccum.set_step(jaxaccum.init((100, 1), capacity=3), 5)
+      >>> state.global_step
+      Array(5, dtype=int32)
+
+    Source: TensorFlow's ``AccumulatorSetGlobalStep``.
+    """
+    return _set_step(state, as_int32(new_step, "new_step"))
+
+
+@jax.jit
+def _set_step(state: AccumulatorState, new_step: jax.Array) -> AccumulatorState:
+    return dataclasses.replace(state, global_step=jnp.asarray(new_step))
 
 
 def as_int32(value: ArrayLike, name: str) -> jax.Array | np.int32:

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxaccum._accumulator.merge import grow, merge
 from jaxaccum._accumulator.state import AccumulatorState, init
-from jaxaccum._accumulator.verbs import grow, merge
 from jaxaccum._coordinator.errors import InvalidArgumentError
 from jaxaccum._coordinator.host_gradient import HostGradient, padded_size
 from jaxaccum._coordinator.placement import Placement, first_rows

@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend.core import get_opaque_trace_state
 
+from jaxaccum._accumulator.apply import apply as add_gradient
 from jaxaccum._accumulator.state import Verdict
-from jaxaccum._accumulator.verbs import apply as add_gradient
-from jaxaccum._accumulator.verbs import take as take_all
+from jaxaccum._accumulator.take import take as take_all
 from jaxaccum._rows.indexed_slices import IndexedSlices
 
 Leaves = tuple[jax.Array, ...]

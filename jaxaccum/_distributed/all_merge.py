@@ -6,13 +6,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import ArrayLike
 
+from jaxaccum._accumulator.apply import count_verdict
+from jaxaccum._accumulator.counters import saturating_add
 from jaxaccum._accumulator.reduction import reduce_sums
 from jaxaccum._accumulator.row_index import NOWHERE
-from jaxaccum._accumulator.state import AccumulatorState, Verdict, as_int32
-from jaxaccum._accumulator.verbs import count_verdict, take
+from jaxaccum._accumulator.state import AccumulatorState, Verdict
+from jaxaccum._accumulator.take import as_required, is_enough, take_if
 from jaxaccum._distributed.exchange import AxisName, Exchange, Union, exchange_union
 from jaxaccum._rows.indexed_slices import IndexedSlices, padding_index
 
@@ -137,23 +138,18 @@ def all_take(
       >>> ready, indices[0]
       (Array([ True], dtype=bool), Array([  7, 100, 100, 100], dtype=int32))
     """
-    required = as_int32(num_required, "num_required")
-    if isinstance(required, np.int32) and required < 1:
-        raise ValueError(f"num_required must be positive, got {required}")
+    required = as_required(num_required)
     union = exchange_union(state, axis_name, max_rows, exchange)
     merged = union.verdict == Verdict.ACCEPTED
-    ready = merged & (union.num_accumulated >= jnp.maximum(required, 1))
+    ready = merged & is_enough(union.num_accumulated, required)
     grad = _gradient(state, union, ready)
     counted = _counted(state, union)
-    emptied, _, _ = take(
-        # Its own rows go in any case, even where this device had accumulated nothing.
-        dataclasses.replace(state, num_accumulated=ready.astype(jnp.int32))
-    )
+    emptied, _ = take_if(state, ready)
     return (
         dataclasses.replace(
             emptied,
             num_accumulated=jnp.where(ready, 0, state.num_accumulated),
-            global_step=jnp.where(ready, union.global_step + 1, state.global_step),
+            global_step=jnp.where(ready, saturating_add(union.global_step, 1), state.global_step),
             verdict_counts=jnp.where(ready | ~merged, counted.verdict_counts, state.verdict_counts),
             shared_verdicts=jnp.where(
                 ready | ~merged, counted.shared_verdicts, state.shared_verdicts

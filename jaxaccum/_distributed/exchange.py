@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxaccum._accumulator.counters import saturating_add, saturating_sum
 from jaxaccum._accumulator.row_index import NOWHERE
 from jaxaccum._accumulator.state import AccumulatorState, Verdict
 from jaxaccum._rows.prefix_sums import as_words, count_before, rank_in_words
@@ -140,10 +141,9 @@ def exchange_union(
     news = tally.verdict_counts - tally.shared_verdicts
     return Union(
         rows=rows,
-        num_accumulated=jnp.sum(tally.num_accumulated, dtype=jnp.int32),
+        num_accumulated=saturating_sum(tally.num_accumulated),
         global_step=jnp.max(tally.global_step),
-        verdict_counts=jnp.max(tally.shared_verdicts, axis=0)
-        + jnp.sum(news, axis=0, dtype=jnp.int32),
+        verdict_counts=saturating_add(jnp.max(tally.shared_verdicts, axis=0), saturating_sum(news)),
         verdict=verdict,
     )
 

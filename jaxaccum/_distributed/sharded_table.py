@@ -17,9 +17,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxaccum._accumulator.apply import add_claimed, check_matches, table_rows
+from jaxaccum._accumulator.counters import saturating_add
 from jaxaccum._accumulator.row_index import NOWHERE, Claim, DirectMap
 from jaxaccum._accumulator.state import AccumulatorState, Verdict, as_int32
-from jaxaccum._accumulator.verbs import add_claimed, check_matches, table_rows
 from jaxaccum._distributed.exchange import (
     AxisName,
     all_gather,
@@ -110,8 +111,8 @@ def all_apply(
     )
     return dataclasses.replace(
         state,
-        num_accumulated=state.num_accumulated + tally[Verdict.ACCEPTED],
-        verdict_counts=state.verdict_counts + tally,
+        num_accumulated=saturating_add(state.num_accumulated, tally[Verdict.ACCEPTED]),
+        verdict_counts=saturating_add(state.verdict_counts, tally),
     ), verdict
 
 

@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from jaxaccum._accumulator.apply import apply_all, count_verdict
 from jaxaccum._accumulator.state import AccumulatorState, Reduction, Verdict, as_int32
 from jaxaccum._accumulator.state import init as init_sums
-from jaxaccum._accumulator.verbs import apply_all, count_verdict, take
+from jaxaccum._accumulator.take import take
 from jaxaccum._optimizers.lazy_rows import LazyUpdate, UniqueRows, lazy_rows
 from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices

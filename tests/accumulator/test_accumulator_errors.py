@@ -128,7 +128,7 @@ def test_a_traced_number_below_one_counts_as_one():
         ({"dense_shape": (ROWS, 3)}, r"dense_shape \(12, 2\), got \(12, 3\)"),
         ({"dense_shape": (None, 2)}, r"dense_shape \(12, 2\), got \(None, 2\)"),
         ({"dtype": jnp.float16}, "dtype float32, got float16"),
-        ({"reduction": "sum"}, "reduction mean, got sum"),
+        ({"reduction": "sum"}, "reduction mean_per_row, got sum"),
     ],
 )
 def test_merge_refuses_another_kind_of_state(other, message):

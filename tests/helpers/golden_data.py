@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 FOLDER = pathlib.Path(__file__).parent.parent / "golden"
 
@@ -16,6 +17,19 @@ def cases(file: str) -> list[dict[str, Any]]:
     every = json.loads((FOLDER / file).read_text())["cases"]
     assert every
     return [case for case in every if is_representable(case.get("dtype", "float32"))]
+
+
+def some_cases(file: str, drawn: int = 16) -> list[Any]:
+    """The same as parameters of a test; all but ``drawn`` random ones wait for ``--full``."""
+    every = cases(file)
+    random = [case["name"] for case in every if case["name"].startswith("random-")]
+    late = set(random[drawn:])
+    return [
+        pytest.param(
+            case, id=case["name"], marks=[pytest.mark.full] if case["name"] in late else []
+        )
+        for case in every
+    ]
 
 
 def is_representable(dtype: str) -> bool:

@@ -1,0 +1,215 @@
+"""``apply``: a gradient goes into its accumulator, or a verdict says why not."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from jaxaccum._accumulator.counters import saturating_add
+from jaxaccum._accumulator.row_index import NOWHERE, Bid, Claim, DirectMap, HashTable
+from jaxaccum._accumulator.state import AccumulatorState, Verdict, as_int32
+from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
+from jaxaccum._rows.on_mesh import match_rows, unshard
+
+
+def apply(
+    state: AccumulatorState, grad: IndexedSlices, local_step: ArrayLike | None = None
+) -> tuple[AccumulatorState, jax.Array]:
+    """Adds a gradient to the accumulator, or says why not.
+
+    All or nothing: with any verdict but ACCEPTED, only ``verdict_counts`` changes. STALE is decided
+    first, then INVALID, then OVERFLOW. A row's count rises by one for each gradient that touches
+    it, however often that gradient repeats it. Repeated rows add up in the order they come in.
+
+    The cost follows the rows of ``grad``, neither the capacity nor the table, if the state is
+    donated: ``jax.jit(jaxaccum.apply, donate_argnums=0)``, or ``apply`` inside a `jax.lax.scan`. A
+    call that does not donate copies the state, and leaves the caller's as it was.
+
+    Args:
+      state: the accumulator.
+      grad: ``n`` slices; their indices may be unsorted, repeated and padded.
+      local_step: int scalar, the step at which the gradient was computed; ``None`` is the current
+        one. A gradient from before ``state.global_step`` is stale, one from a later step is not.
+
+    Returns:
+      The new state, and the `Verdict` as an int32 scalar.
+
+    Raises:
+      TypeError: ``grad`` is no `IndexedSlices`, or of another dtype than ``state``.
+      ValueError: ``grad`` is of another shape than ``state``, or ids do not fit int32.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxaccum
+      >>> state = jaxaccum.init((100, 2), capacity=8)
+      >>> add = jax.jit(jaxaccum.apply, donate_argnums=0)
+      >>> grad = jaxaccum.IndexedSlices(jnp.array([7, 3, 7]), jnp.ones((3, 2)), (100, 2))
+      >>> state, verdict = add(state, grad)
+      >>> verdict == jaxaccum.Verdict.ACCEPTED, state.num_rows
+      (Array(True, dtype=bool), Array(2, dtype=int32))
+
+    Source: TensorFlow's ``SparseAccumulatorApplyGradient``; unlike there, rows need not be sorted
+    or unique, and negative indices are refused.
+    """
+    grad = as_device_slices(grad)
+    check_matches(state, grad)
+    step = None if local_step is None else as_int32(local_step, "local_step")
+    return _apply(state, grad, step)
+
+
+@jax.jit
+def _apply(
+    state: AccumulatorState, grad: IndexedSlices, local_step: jax.Array | None
+) -> tuple[AccumulatorState, jax.Array]:
+    is_stale = jnp.bool_(False) if local_step is None else local_step < state.global_step
+    (state,), verdict = apply_all([state], [grad], is_stale)
+    return state, verdict
+
+
+class _Part(NamedTuple):
+    """One table's part of a gradient, whose ids have bid for slots.
+
+    Attributes:
+      state: the table's accumulator, but for its index.
+      row_index: the index with the bids in it.
+      bid: what the ids bid.
+      ids: int32 ``[n]``, rows of the table, NOWHERE for what is skipped.
+      values: ``[n, *row]``, the slices.
+    """
+
+    state: AccumulatorState
+    row_index: DirectMap | HashTable
+    bid: Bid
+    ids: jax.Array
+    values: jax.Array
+
+    @property
+    def fits(self) -> jax.Array:
+        """Whether there is room for its new rows."""
+        return self.bid.fits(self.state.num_rows, self.state.capacity)
+
+    def settle(self, verdict: jax.Array) -> AccumulatorState:
+        """Adds the slices if they are accepted; counts the verdict in any case."""
+        state, is_accepted = self.state, verdict == Verdict.ACCEPTED
+        row_index, claim = self.row_index.settle(
+            self.bid, state.num_rows, state.capacity, is_accepted
+        )
+        state = dataclasses.replace(
+            state,
+            row_index=row_index,
+            num_accumulated=saturating_add(state.num_accumulated, is_accepted),
+            verdict_counts=count_verdict(state.verdict_counts, verdict),
+        )
+        return add_claimed(state, claim, self.ids, self.values, jnp.int32(1))
+
+
+def _on_mesh(grad: IndexedSlices, state: AccumulatorState) -> IndexedSlices:
+    values = match_rows(unshard(grad.values), state.values)
+    return dataclasses.replace(grad, indices=unshard(grad.indices), values=values)
+
+
+@jax.jit
+def apply_all(
+    states: list[AccumulatorState], grads: list[IndexedSlices], is_stale: jax.Array
+) -> tuple[list[AccumulatorState], jax.Array]:
+    """Adds a gradient to each of several accumulators, or none to any: one verdict on them all."""
+    grads = [_on_mesh(grad, state) for state, grad in zip(states, grads, strict=True)]
+    pairs = list(zip(states, grads, strict=True))
+    rows = [table_rows(grad, state.dense_shape[0]) for state, grad in pairs]
+    is_invalid = functools.reduce(operator.or_, (bad for _, bad in rows), jnp.bool_(False))
+    parts = [
+        _bid(state, jnp.where(is_stale | is_invalid, NOWHERE, ids), grad.values)
+        for (state, grad), (ids, _) in zip(pairs, rows, strict=True)
+    ]
+    fits = functools.reduce(operator.and_, (part.fits for part in parts), jnp.bool_(True))
+    verdict = jnp.select(
+        [is_stale, is_invalid, ~fits],
+        [jnp.int32(Verdict.STALE), jnp.int32(Verdict.INVALID), jnp.int32(Verdict.OVERFLOW)],
+        jnp.int32(Verdict.ACCEPTED),
+    )
+    return [part.settle(verdict) for part in parts], verdict
+
+
+def _bid(state: AccumulatorState, ids: jax.Array, values: jax.Array) -> _Part:
+    ids, values = _not_none(ids, values)
+    row_index, bid = state.row_index.bid(ids, state.capacity)
+    return _Part(state, row_index, bid, ids, values)
+
+
+def add_rows(
+    state: AccumulatorState, ids: jax.Array, values: jax.Array, touches: jax.Array
+) -> tuple[AccumulatorState, jax.Array]:
+    """Adds ``values`` to the rows ``ids`` and ``touches`` to their counts, if all of them fit."""
+    ids, values = _not_none(ids, values)
+    row_index, claim = state.row_index.claim(ids, state.num_rows, state.capacity)
+    state = dataclasses.replace(state, row_index=row_index)
+    return add_claimed(state, claim, ids, values, touches), claim.fits
+
+
+def _not_none(ids: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """One slice of padding in place of none: nothing can be gathered from an empty array."""
+    if ids.shape[0]:
+        return ids, values
+    return jnp.full(1, NOWHERE, jnp.int32), jnp.zeros((1, *values.shape[1:]), values.dtype)
+
+
+def add_claimed(
+    state: AccumulatorState,
+    claim: Claim,
+    ids: jax.Array,
+    values: jax.Array,
+    touches: jax.Array,
+) -> AccumulatorState:
+    """Adds to rows whose slots the state's index has already given in ``claim``."""
+    dropped = state.capacity + jnp.arange(ids.shape[0], dtype=jnp.int32)
+    new = jnp.where(claim.is_first & claim.fits, claim.slot, dropped)
+    # The first slice of a new row overwrites what the slot was left with, which spares zeroing the
+    # values at every take; the others add. Dropped slices cost next to nothing.
+    values = values.astype(state.values.dtype)
+    sums = state.values.at[new].set(values, mode="drop", unique_indices=True)
+    sums = sums.at[jnp.where(claim.is_first, NOWHERE, claim.slot)].add(values, mode="drop")
+    # Repetitions all write the same count: a gradient counts once for each row it touches.
+    counts = state.counts.at[claim.slot].get(mode="fill", fill_value=0)
+    counts = saturating_add(counts, touches)
+    return dataclasses.replace(
+        state,
+        indices=state.indices.at[new].set(ids, mode="drop", unique_indices=True),
+        values=sums,
+        counts=state.counts.at[claim.slot].set(counts, mode="drop"),
+        num_rows=state.num_rows + jnp.where(claim.fits, claim.num_new, 0),
+    )
+
+
+def table_rows(grad: IndexedSlices, rows: int | None) -> tuple[jax.Array, jax.Array]:
+    """Row of each slice, NOWHERE for padding, and whether any index is out of range."""
+    padding = grad.padding_index
+    limit = padding if rows is None else min(rows, padding)
+    is_padding = grad.indices == padding
+    in_range = (grad.indices >= 0) & (grad.indices < limit)
+    ids = jnp.where(in_range, grad.indices, NOWHERE).astype(jnp.int32)
+    return ids, jnp.any(~(in_range | is_padding))
+
+
+def count_verdict(verdict_counts: jax.Array, verdict: ArrayLike) -> jax.Array:
+    """``verdict_counts`` with one more of ``verdict``."""
+    kinds = jnp.arange(len(Verdict), dtype=jnp.int32)
+    return saturating_add(verdict_counts, kinds == verdict)
+
+
+def check_matches(state: AccumulatorState, grad: IndexedSlices) -> None:
+    if grad.values.dtype != state.dtype:
+        raise TypeError(f"grad.values must be {state.dtype} as the state, got {grad.values.dtype}")
+    if grad.values.shape[1:] != state.dense_shape[1:]:
+        raise ValueError(
+            f"grad.values must have rows of shape {state.dense_shape[1:]}, "
+            f"got {grad.values.shape[1:]}"
+        )
+    if None not in (grad.num_rows, state.dense_shape[0]) and grad.num_rows != state.dense_shape[0]:
+        raise ValueError(
+            f"grad.dense_shape must have {state.dense_shape[0]} rows, got {grad.num_rows}"
+        )

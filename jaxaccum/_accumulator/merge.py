@@ -1,0 +1,128 @@
+"""``merge`` and ``grow``: two accumulators become one, or one gets room for more rows."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+
+import jax
+import jax.numpy as jnp
+
+from jaxaccum._accumulator.apply import add_rows, count_verdict
+from jaxaccum._accumulator.counters import saturating_add
+from jaxaccum._accumulator.row_index import NOWHERE, HashTable
+from jaxaccum._accumulator.state import AccumulatorState, Verdict, init
+
+
+def merge(state: AccumulatorState, other: AccumulatorState) -> tuple[AccumulatorState, jax.Array]:
+    """Adds what ``other`` has accumulated, as if ``state`` had seen those gradients itself.
+
+    Sums, row counts, ``num_accumulated`` and verdict counts add up; the later step is kept. If the
+    rows do not fit, the verdict is OVERFLOW and nothing but its count in ``state`` changes.
+
+    Args:
+      state: the accumulator to add to.
+      other: of the same shape, dtypes and reduction; its capacity may differ.
+
+    Returns:
+      The new state, and ACCEPTED or OVERFLOW as an int32 scalar.
+
+    Raises:
+      ValueError: ``other`` is of another shape, dtype or reduction.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum
+      >>> empty = jaxaccum.init((9, 1), capacity=4)
+      >>> grad = jaxaccum.IndexedSlices(jnp.array([5]), jnp.ones((1, 1)), (9, 1))
+      >>> one, _ = jaxaccum.apply(empty, grad)
+      >>> both, verdict = jaxaccum.merge(one, one)
+      >>> both.num_accumulated, both.values[0]
+      (Array(2, dtype=int32), Array([2.], dtype=float32))
+    """
+    _check_mergeable(state, other)
+    return _merge(state, other)
+
+
+def grow(state: AccumulatorState, capacity: int) -> AccumulatorState:
+    """Returns a copy of ``state`` with room for more rows; call it outside ``jit``.
+
+    Args:
+      state: the accumulator.
+      capacity: of the copy, at least the present one.
+
+    Raises:
+      ValueError: ``capacity`` is less than the present one.
+
+    Example:
+      >>> import jaxaccum
+      >>> jaxaccum.grow(jaxaccum.init((100, 1), capacity=3), 6).capacity
+      6
+    """
+    capacity = operator.index(capacity)
+    if capacity < state.capacity:
+        raise ValueError(f"capacity must be at least the present {state.capacity}, got {capacity}")
+    empty = init(
+        state.dense_shape,
+        state.dtype,
+        capacity=capacity,
+        reduction=state.reduction,
+        accumulator_dtype=state.values.dtype,
+    )
+    return _grow(state, empty)
+
+
+@jax.jit
+def _merge(state: AccumulatorState, other: AccumulatorState) -> tuple[AccumulatorState, jax.Array]:
+    slot = jnp.arange(other.capacity, dtype=jnp.int32)
+    ids = jnp.where(slot < other.num_rows, other.indices, NOWHERE)
+    merged, fits = add_rows(state, ids, other.values, other.counts)
+    verdict = jnp.where(fits, jnp.int32(Verdict.ACCEPTED), jnp.int32(Verdict.OVERFLOW))
+    return dataclasses.replace(
+        merged,
+        num_accumulated=saturating_add(
+            state.num_accumulated, jnp.where(fits, other.num_accumulated, 0)
+        ),
+        global_step=jnp.where(
+            fits, jnp.maximum(state.global_step, other.global_step), state.global_step
+        ),
+        verdict_counts=jnp.where(
+            fits,
+            saturating_add(state.verdict_counts, other.verdict_counts),
+            count_verdict(state.verdict_counts, verdict),
+        ),
+        num_shared=saturating_add(state.num_shared, jnp.where(fits, other.num_shared, 0)),
+        shared_verdicts=saturating_add(
+            state.shared_verdicts, jnp.where(fits, other.shared_verdicts, 0)
+        ),
+    ), verdict
+
+
+@jax.jit
+def _grow(state: AccumulatorState, empty: AccumulatorState) -> AccumulatorState:
+    def prefixed(old: jax.Array, new: jax.Array) -> jax.Array:
+        return new.at[: old.shape[0]].set(old)
+
+    row_index = state.row_index
+    if isinstance(row_index, HashTable):
+        # Slots are given in order of position: every row keeps its own.
+        slot = jnp.arange(state.capacity, dtype=jnp.int32)
+        ids = jnp.where(slot < state.num_rows, state.indices, NOWHERE)
+        row_index, _ = empty.row_index.claim(ids, empty.num_rows, empty.capacity)
+    return dataclasses.replace(
+        state,
+        indices=prefixed(state.indices, empty.indices),
+        values=prefixed(state.values, empty.values),
+        counts=prefixed(state.counts, empty.counts),
+        row_index=row_index,
+    )
+
+
+def _check_mergeable(state: AccumulatorState, other: AccumulatorState) -> None:
+    for name in ("dense_shape", "dtype", "reduction"):
+        ours, theirs = getattr(state, name), getattr(other, name)
+        if ours != theirs:
+            raise ValueError(f"other must have {name} {ours}, got {theirs}")
+    if state.values.dtype != other.values.dtype:
+        raise ValueError(
+            f"other must have accumulator_dtype {state.values.dtype}, got {other.values.dtype}"
+        )
