@@ -18,12 +18,10 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 def unshard(x: jax.Array) -> jax.Array:
     """Returns ``x [n, ...]`` with all slices on every device of the mesh it is on, if any."""
+    if _explicit_mesh(x) is not None:
+        return _reshard(x, x, None, *_spec_of(x)[1:])
     mesh = _mesh(x)
-    if mesh is None:
-        return x
-    if _is_explicit(mesh):
-        return _reshard(x, mesh, None, *_spec_of(x)[1:])
-    if not isinstance(x, jax.core.Tracer):
+    if mesh is None or not isinstance(x, jax.core.Tracer):
         return x  # outside of jit there is no program for XLA to lay out
     row = [PartitionSpec.UNCONSTRAINED] * (x.ndim - 1)
     constrained = jax.lax.with_sharding_constraint(x, _sharding(mesh, None, *row))  # type: ignore[no-untyped-call]
@@ -32,16 +30,14 @@ def unshard(x: jax.Array) -> jax.Array:
 
 def match_rows(slices: jax.Array, table: jax.Array) -> jax.Array:
     """Returns slices ``[n, *row]`` with their rows sharded as those of ``table [rows, *row]``."""
-    mesh = _mesh(table)
-    if mesh is None or not _is_explicit(mesh):
+    if _explicit_mesh(table) is None:
         return slices
-    return _reshard(slices, mesh, None, *_spec_of(table)[1:])
+    return _reshard(slices, table, None, *_spec_of(table)[1:])
 
 
 def match(x: jax.Array, other: jax.Array) -> jax.Array:
     """Returns ``x`` sharded as ``other``, which is of the same shape."""
-    mesh = _mesh(other)
-    return _reshard(x, mesh, *_spec_of(other)) if mesh is not None and _is_explicit(mesh) else x
+    return x if _explicit_mesh(other) is None else _reshard(x, other, *_spec_of(other))
 
 
 def read_rows(read: Callable[..., jax.Array], table: jax.Array, *operands: jax.Array) -> jax.Array:
@@ -63,8 +59,8 @@ def _run(
     *,
     is_table: bool,
 ) -> jax.Array:
-    mesh = _mesh(table)
-    if mesh is None or not _is_explicit(mesh):
+    mesh = _explicit_mesh(table)
+    if mesh is None:
         return fun(table, *operands)
     rows, *row = _spec_of(table)
     sharding = _sharding(mesh, rows if is_table else None, *row)
@@ -79,8 +75,9 @@ def _mesh(x: jax.Array) -> AbstractMesh | None:
     return None if mesh.empty or AxisType.Manual in mesh.axis_types else mesh
 
 
-def _is_explicit(mesh: AbstractMesh) -> bool:
-    return AxisType.Explicit in mesh.axis_types
+def _explicit_mesh(x: jax.Array) -> AbstractMesh | None:
+    mesh = _mesh(x)
+    return mesh if mesh is not None and AxisType.Explicit in mesh.axis_types else None
 
 
 def _spec_of(x: jax.Array) -> tuple[object, ...]:
@@ -89,7 +86,11 @@ def _spec_of(x: jax.Array) -> tuple[object, ...]:
     return (*spec, *[None] * (x.ndim - len(spec)))
 
 
-def _reshard(x: jax.Array, mesh: AbstractMesh, *spec: object) -> jax.Array:
+def _reshard(x: jax.Array, other: jax.Array, *spec: object) -> jax.Array:
+    """Returns ``x`` on the mesh of ``other``."""
+    if not isinstance(other, jax.core.Tracer) and isinstance(other.sharding, NamedSharding):
+        return jax.device_put(x, NamedSharding(other.sharding.mesh, PartitionSpec(*spec)))  # type: ignore[no-untyped-call]
+    mesh = jax.typeof(other).sharding.mesh
     with jax.sharding.use_abstract_mesh(mesh):
         return cast("jax.Array", jax.sharding.reshard(x, _sharding(mesh, *spec)))  # type: ignore[no-untyped-call]
 

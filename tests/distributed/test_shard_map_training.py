@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from devices import NUM_DEVICES
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxaccum
@@ -17,7 +18,13 @@ from jaxaccum import Verdict
 pytestmark = pytest.mark.usefixtures("as_it_comes")
 ROWS, WIDTH, BATCH, STEPS = 10 * NUM_DEVICES, 4, 6, 3
 MESHES = pytest.mark.parametrize(
-    "axes", ["data", pytest.param(("host", "core"), marks=pytest.mark.full)], ids=str
+    "mesh",
+    [
+        devices.MESHES["data"],
+        pytest.param(devices.MESHES[("host", "core")], marks=pytest.mark.full),
+        pytest.param(devices.EXPLICIT, marks=pytest.mark.full),
+    ],
+    ids=["one_axis", "two_axes", "explicit"],
 )
 DTYPES = pytest.mark.parametrize(
     "dtype", [jnp.float32, pytest.param(jnp.bfloat16, marks=pytest.mark.full)], ids=["f32", "bf16"]
@@ -76,8 +83,14 @@ def assert_close(params, expected, dtype):
 TABLES = {"table": True, "w": False}
 
 
-def accumulated(axes, mean_over_devices, tx):
+def placed(mesh, tree, *spec):
+    """On explicit axes `jax.shard_map` takes its arguments only as they are to lie."""
+    return jax.device_put(tree, NamedSharding(mesh, P(*spec)))
+
+
+def accumulated(mesh, mean_over_devices, tx):
     """`accumulate` with everything alike on all devices."""
+    axes = mesh.axis_names
 
     def device_loss(params, ids):
         value = loss(params, ids)
@@ -91,28 +104,28 @@ def accumulated(axes, mean_over_devices, tx):
         return jaxaccum.apply_updates(params, updates), state
 
     specs = {"in_specs": (P(), P(), P(axes)), "out_specs": (P(), P())}
-    return jax.jit(jax.shard_map(step, mesh=devices.MESHES[axes], **specs))
+    return jax.jit(jax.shard_map(step, mesh=mesh, **specs))
 
 
 @MESHES
 @DTYPES
-def test_accumulate_with_the_mean_of_the_loss(axes, dtype):
+def test_accumulate_with_the_mean_of_the_loss(mesh, dtype):
     capacity = NUM_DEVICES * BATCH
     tx = jaxaccum.accumulate(adagrad(), 1, tables=TABLES, capacity=capacity)
-    params, step = start(dtype), accumulated(axes, True, tx)
-    state = tx.init(params)
+    params, step = placed(mesh, start(dtype)), accumulated(mesh, True, tx)
+    state = placed(mesh, tx.init(params))
     for ids in batches():
-        params, state = step(params, state, ids)
+        params, state = step(params, state, placed(mesh, ids, mesh.axis_names))
         assert state.verdict == Verdict.ACCEPTED
     assert_close(params, on_one_device(dtype), dtype)
 
 
 def test_without_the_mean_the_gradient_is_the_number_of_devices_too_large():
     tx = jaxaccum.accumulate(optax.sgd(0.5), 1, tables=TABLES, capacity=NUM_DEVICES * BATCH)
-    params, ids = start(jnp.float32), batches()[0]
+    params, ids, mesh = start(jnp.float32), batches()[0], devices.MESHES["data"]
     moves = []
     for mean_over_devices in (True, False):
-        moved, _ = accumulated("data", mean_over_devices, tx)(params, tx.init(params), ids)
+        moved, _ = accumulated(mesh, mean_over_devices, tx)(params, tx.init(params), ids)
         moves.append(jax.tree.map(lambda new, old: np.asarray(new - old), moved, params))
     assert np.abs(moves[0]["table"]).max() > 1e-3
     for name in TABLES:
@@ -121,8 +134,8 @@ def test_without_the_mean_the_gradient_is_the_number_of_devices_too_large():
 
 @MESHES
 @DTYPES
-def test_each_device_accumulates_its_own_and_all_take_adds_up(axes, dtype):
-    mesh, tx = devices.MESHES[axes], jaxaccum.lazy_rows(adagrad())
+def test_each_device_accumulates_its_own_and_all_take_adds_up(mesh, dtype):
+    axes, tx = mesh.axis_names, jaxaccum.lazy_rows(adagrad())
     grad_fn = jaxaccum.value_and_sparse_grad(loss, tables=TABLES)
 
     def step(params, optimizer, pending, ids):
@@ -146,18 +159,19 @@ def test_each_device_accumulates_its_own_and_all_take_adds_up(axes, dtype):
     state = jaxaccum.init(
         (ROWS, WIDTH), dtype, capacity=NUM_DEVICES * BATCH, reduction="mean_per_gradient"
     )
-    params, pending = start(dtype), jaxaccum.replicate(state, mesh, axes)
-    optimizer = tx.init(params)
+    params, pending = placed(mesh, start(dtype)), jaxaccum.replicate(state, mesh, axes)
+    optimizer = placed(mesh, tx.init(params))
     step = jax.jit(step)
     for ids in batches():
+        ids = placed(mesh, ids, axes)
         params, optimizer, pending, verdict = step(params, optimizer, pending, ids)
         assert verdict == Verdict.ACCEPTED
     assert_close(params, on_one_device(dtype), dtype)
 
 
-def through_the_lookup(axes, tx, params, bucket=None):
+def through_the_lookup(mesh, tx, params, bucket=None):
     """The gradient of a shard by its own row numbers comes from `all_lookup` itself."""
-    mesh = devices.MESHES[axes]
+    axes = mesh.axis_names
 
     def device_loss(params, ids):
         rows, verdict = jaxaccum.all_lookup(params["table"], ids, axes, bucket=bucket)
@@ -180,10 +194,10 @@ def through_the_lookup(axes, tx, params, bucket=None):
 
 @MESHES
 @DTYPES
-def test_a_sharded_table_is_trained_through_its_lookup(axes, dtype):
-    step, params, state = through_the_lookup(axes, jaxaccum.lazy_rows(adagrad()), start(dtype))
+def test_a_sharded_table_is_trained_through_its_lookup(mesh, dtype):
+    step, params, state = through_the_lookup(mesh, jaxaccum.lazy_rows(adagrad()), start(dtype))
     for ids in batches():
-        params, state, _, verdict = step(params, state, ids)
+        params, state, _, verdict = step(params, state, placed(mesh, ids, mesh.axis_names))
         assert verdict == Verdict.ACCEPTED
     assert params["table"].addressable_shards[0].data.shape == (10, WIDTH)
     assert_close(params, on_one_device(dtype), dtype)
@@ -191,7 +205,9 @@ def test_a_sharded_table_is_trained_through_its_lookup(axes, dtype):
 
 def test_a_lookup_that_overflows_shows_in_the_loss_and_in_the_verdict():
     tx = jaxaccum.lazy_rows(adagrad())
-    step, params, state = through_the_lookup("data", tx, start(jnp.float32), bucket=2)
+    step, params, state = through_the_lookup(
+        devices.MESHES["data"], tx, start(jnp.float32), bucket=2
+    )
     fitting = np.tile(np.array([1, 1, 2, 2, 1, 11], np.int32), NUM_DEVICES)
     crowded = fitting.copy()
     crowded[:3] = [1, 2, 3]
