@@ -244,8 +244,8 @@ def drop_device_axis(fun: Callable[..., Result]) -> Callable[..., Result]:
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxaccum
-      >>> from jax.sharding import PartitionSpec as P
-      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",))
+      >>> from jax.sharding import AxisType, PartitionSpec as P
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
       >>> states = jaxaccum.replicate(jaxaccum.init((100, 1), capacity=4), mesh, "data")
       >>> def add(state, ids):
       ...     grad = jaxaccum.IndexedSlices(ids, jnp.ones((len(ids), 1)), (100, 1))
