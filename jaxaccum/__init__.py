@@ -16,21 +16,17 @@ from jaxaccum._distributed.mesh import (
 )
 from jaxaccum._distributed.sharded_table import all_apply, all_lookup
 from jaxaccum._optimizers.accumulate import MicroBatchState, accumulate
-from jaxaccum._optimizers.apply_updates import apply_updates
+from jaxaccum._optimizers.apply_updates import apply_updates, count_invalid
+from jaxaccum._optimizers.freeze_rows import freeze_rows
 from jaxaccum._optimizers.lazy_rows import lazy_rows
 from jaxaccum._optimizers.rowwise_adagrad import rowwise_adagrad
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.unique_rows import sum_duplicates
 from jaxaccum._sparse_grad.value_and_sparse_grad import value_and_sparse_grad
-from jaxaccum._sparse_ops.ops import (
-    sparse_add,
-    sparse_add_grad,
-    sparse_add_jvp,
-    sparse_slice,
-    sparse_slice_grad,
-    sparse_slice_jvp,
-)
+from jaxaccum._sparse_ops.ops import sparse_add, sparse_add_jvp, sparse_slice, sparse_slice_jvp
+from jaxaccum._sparse_ops.raw_grads import sparse_add_grad, sparse_slice_grad
 from jaxaccum._tensorflow.conditional_accumulator import SparseConditionalAccumulator
+from jaxaccum._tensorflow.sparse_gradient import SparseGradient
 
 __all__ = [
     "AccumulatorState",
@@ -40,6 +36,7 @@ __all__ = [
     "InvalidArgumentError",
     "MicroBatchState",
     "SparseConditionalAccumulator",
+    "SparseGradient",
     "Verdict",
     "accumulate",
     "all_apply",
@@ -48,7 +45,9 @@ __all__ = [
     "all_take",
     "apply",
     "apply_updates",
+    "count_invalid",
     "drop_device_axis",
+    "freeze_rows",
     "grow",
     "init",
     "lazy_rows",

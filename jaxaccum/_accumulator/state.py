@@ -16,6 +16,7 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxaccum._accumulator.row_index import DirectMap, HashTable
 from jaxaccum._rows.indexed_slices import canonical_shape, padding_index
 from jaxaccum._rows.public import public
+from jaxaccum._rows.unique_rows import sum_dtype
 
 Reduction = Literal["mean_per_row", "mean_per_gradient", "sum"]
 
@@ -141,20 +142,17 @@ def init(
     shape = canonical_shape(dense_shape)
     dtype = _numeric_dtype(dtype, "dtype")
     if accumulator_dtype is None:
-        narrow = dtype.itemsize <= 2 and jnp.issubdtype(dtype, jnp.floating)
-        accumulator_dtype = jnp.float32 if narrow else dtype
-    sum_dtype = _numeric_dtype(accumulator_dtype, "accumulator_dtype")
-    if not np.can_cast(dtype, sum_dtype):
-        raise ValueError(f"accumulator_dtype {sum_dtype} cannot hold sums of dtype {dtype}")
-    capacity = operator.index(capacity)
-    if not 1 <= capacity < 2**30 + 1:
-        raise ValueError(f"capacity must be from 1 to 2**30, got {capacity}")
+        accumulator_dtype = sum_dtype(dtype)
+    held_dtype = _numeric_dtype(accumulator_dtype, "accumulator_dtype")
+    if not np.can_cast(dtype, held_dtype):
+        raise ValueError(f"accumulator_dtype {held_dtype} cannot hold sums of dtype {dtype}")
+    capacity = as_capacity(capacity)
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
     rows, *row = shape
     return AccumulatorState(
         indices=jnp.full(capacity, padding_index(shape), jnp.int32),
-        values=jnp.zeros((capacity, *row), sum_dtype),
+        values=jnp.zeros((capacity, *row), held_dtype),
         counts=jnp.zeros(capacity, jnp.int32),
         num_rows=jnp.int32(0),
         num_accumulated=jnp.int32(0),
@@ -198,6 +196,14 @@ def set_step(state: AccumulatorState, new_step: ArrayLike) -> AccumulatorState:
 @jax.jit
 def _set_step(state: AccumulatorState, new_step: jax.Array) -> AccumulatorState:
     return dataclasses.replace(state, global_step=jnp.asarray(new_step))
+
+
+def as_capacity(capacity: int) -> int:
+    """Returns a number of rows to have room for, or raises ``ValueError``."""
+    capacity = operator.index(capacity)
+    if not 1 <= capacity <= 2**30:
+        raise ValueError(f"capacity must be from 1 to 2**30, got {capacity}")
+    return capacity
 
 
 def as_int32(value: ArrayLike, name: str) -> jax.Array | np.int32:

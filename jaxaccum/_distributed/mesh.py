@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
-from collections.abc import Callable, Hashable
-from typing import Any, TypeVar, cast
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +18,9 @@ from jax.typing import ArrayLike, DTypeLike
 from jaxaccum._accumulator.state import AccumulatorState, Reduction, init
 from jaxaccum._distributed.exchange import AxisName
 from jaxaccum._rows.indexed_slices import canonical_shape
-from jaxaccum._rows.tables import select_tables
+from jaxaccum._rows.tables import KeyPath, Tables, select_tables
+from jaxaccum._rows.tree import PyTree
 
-PyTree = Any
-KeyPath = tuple[Hashable, ...]
 Result = TypeVar("Result")
 
 
@@ -127,7 +126,7 @@ def shard_init(
 
 
 def shard_rows(
-    tree: PyTree, mesh: Mesh, axis_name: AxisName, *, tables: PyTree, params: PyTree = None
+    tree: PyTree, mesh: Mesh, axis_name: AxisName, *, tables: Tables, params: PyTree = None
 ) -> PyTree:
     """Puts a tree on a mesh: tables, and what goes by their rows, in shards; all else replicated.
 
@@ -175,7 +174,7 @@ def shard_rows(
 
 
 def shard_specs(
-    tree: PyTree, axis_name: AxisName, *, tables: PyTree, params: PyTree = None
+    tree: PyTree, axis_name: AxisName, *, tables: Tables, params: PyTree = None
 ) -> PyTree:
     """The ``PartitionSpec`` of each array as `shard_rows` shards it, for `jax.shard_map`.
 
@@ -279,7 +278,7 @@ def drop_device_axis(fun: Callable[..., Result]) -> Callable[..., Result]:
     return mapped
 
 
-def _owners(params: PyTree, tables: PyTree) -> dict[KeyPath, int | None]:
+def _owners(params: PyTree, tables: Tables) -> dict[KeyPath, int | None]:
     """The key path of every leaf of the params, with the rows of those that are tables."""
     selected = jax.tree.leaves(select_tables(tables, params))
     leaves = jax.tree_util.tree_leaves_with_path(params)

@@ -30,7 +30,7 @@ from jaxaccum._distributed.exchange import (
 )
 from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices, padding_index
 from jaxaccum._rows.prefix_sums import count_before
-from jaxaccum._rows.unique_rows import unique_rows
+from jaxaccum._rows.unique_rows import expand_to_rows, unique_rows
 
 
 def all_apply(
@@ -162,7 +162,7 @@ def all_lookup(
     )
     found = all_to_all(found, axis_name).reshape(-1, *shard.shape[1:])
     found = found.at[route.place].get(mode="fill")  # with NaN
-    is_padding = jnp.expand_dims(asked.indices == rows, tuple(range(1, found.ndim)))
+    is_padding = expand_to_rows(asked.indices == rows, found)
     verdict = jnp.where(route.fits, jnp.int32(Verdict.ACCEPTED), jnp.int32(Verdict.OVERFLOW))
     return (
         jnp.where(is_padding, jnp.zeros((), found.dtype), found),

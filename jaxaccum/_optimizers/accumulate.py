@@ -12,21 +12,27 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxaccum._accumulator.apply import apply_all, count_verdict
+from jaxaccum._accumulator.counters import saturating_add
 from jaxaccum._accumulator.state import AccumulatorState, Reduction, Verdict, as_int32
 from jaxaccum._accumulator.state import init as init_sums
-from jaxaccum._accumulator.take import take
-from jaxaccum._optimizers.lazy_rows import LazyUpdate, UniqueRows, lazy_rows
+from jaxaccum._accumulator.take import take_if
+from jaxaccum._optimizers.lazy_rows import LazyUpdate, UniqueRows, flatten_like, lazy_rows
 from jaxaccum._optimizers.optax_import import import_optax
-from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
+from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.on_mesh import match_rows
 from jaxaccum._rows.public import public
 from jaxaccum._rows.tables import select_tables
-from jaxaccum._rows.unique_rows import is_slices, promote_dtypes, sum_dtype
+from jaxaccum._rows.tree import PyTree
+from jaxaccum._rows.unique_rows import (
+    as_slices,
+    check_indices,
+    is_slices,
+    promote_dtypes,
+    sum_dtype,
+)
 
 if TYPE_CHECKING:
     import optax  # type: ignore[import-untyped]
-
-PyTree = Any
 
 
 @public
@@ -47,8 +53,9 @@ class MicroBatchState:
     """State of `accumulate`: one count and one step for all leaves.
 
     Attributes:
-      sums: a tree like the params, with an `AccumulatorState` for each table and the sum of the
-        gradients, float32 for narrower floats, for each other leaf.
+      sums: a tree like the params, with the rows of an `AccumulatorState` for each table (its
+        counters are ``None``: those below are of all leaves) and the sum of the gradients, float32
+        for narrower floats, for each other leaf.
       inner_state: of the wrapped transform.
       num_accumulated: int32 ``[]``, gradients accepted since the last step.
       global_step: int32 ``[]``, how often the wrapped transform has run.
@@ -153,15 +160,13 @@ def accumulate(
         local_step: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, MicroBatchState]:
+        if params is not None:
+            _check_params(state, params)
         state, dtypes = _add_gradient(state, updates, local_step)
         required = num_required(state.global_step) if callable(num_required) else num_required
         ready = state.num_accumulated >= jnp.maximum(as_int32(required, "num_required"), 1)
         step = functools.partial(_step, tx, dtypes, reduction, extra_args)
-        rest = functools.partial(_rest, jax.eval_shape(step, state, params)[0])
-        if not isinstance(ready, jax.core.Tracer):  # a conditional would be compiled every time
-            return step(state, params) if ready else rest(state, params)
-        result = jax.lax.cond(ready, step, rest, state, params)
-        return cast("tuple[PyTree, MicroBatchState]", result)
+        return _step_or_rest(ready, step, state, params)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -182,8 +187,24 @@ def _new_sum(param: Any, is_table: bool, capacity: Any, *, reduction: Reduction)
     dtype = sum_dtype(jnp.result_type(param))
     if is_table:
         state = init_sums(param.shape, dtype, capacity=capacity, reduction=reduction)
-        return dataclasses.replace(state, values=match_rows(state.values, param))
+        values = match_rows(state.values, param)
+        return _without_counters(dataclasses.replace(state, values=values))
     return jnp.zeros_like(param, dtype)
+
+
+_COUNTERS = ("num_accumulated", "global_step", "verdict_counts", "num_shared", "shared_verdicts")
+
+
+def _without_counters(total: AccumulatorState) -> AccumulatorState:
+    counters: dict[str, Any] = dict.fromkeys(_COUNTERS)
+    return dataclasses.replace(total, **counters)
+
+
+def _with_counters(total: AccumulatorState, state: MicroBatchState) -> AccumulatorState:
+    zero, none = jnp.int32(0), jnp.zeros_like(state.verdict_counts)
+    own = (state.num_accumulated, state.global_step, state.verdict_counts, zero, none)
+    counters: dict[str, Any] = dict(zip(_COUNTERS, own, strict=True))
+    return dataclasses.replace(total, **counters)
 
 
 def _is_accumulator(node: object) -> bool:
@@ -202,34 +223,55 @@ def _add_gradient(
     except ValueError as err:
         raise ValueError(f"updates must be a tree like the params: {err}") from None
     grads = [
-        _checked(grad, total, f"updates{jax.tree_util.keystr(path)}")
+        _checked(grad, total, jax.tree_util.keystr(path))
         for grad, (path, total) in zip(grads, paths, strict=True)
     ]
     dtypes = [grad.values.dtype if is_slices(grad) else grad.dtype for grad in grads]
     grads = [_widened(grad, total) for grad, total in zip(grads, sums, strict=True)]
-    sums, verdict = _add_to_sums(sums, grads, state.global_step, local_step)
-    _raise_if_refused(verdict, state)
-    counts = count_verdict(state.verdict_counts, verdict)
+    sums, verdict = _add_to_sums(state, sums, grads, local_step)
+    _raise_if_refused(verdict, state, grads)
+    is_accepted = verdict == Verdict.ACCEPTED
     return dataclasses.replace(
         state,
-        sums=jax.tree.unflatten(treedef, [_with_counts(total, counts) for total in sums]),
-        num_accumulated=state.num_accumulated + (verdict == Verdict.ACCEPTED).astype(jnp.int32),
+        sums=jax.tree.unflatten(treedef, sums),
+        num_accumulated=saturating_add(state.num_accumulated, is_accepted),
         verdict=verdict,
-        verdict_counts=counts,
+        verdict_counts=count_verdict(state.verdict_counts, verdict),
     ), dtypes
 
 
-def _checked(grad: Any, total: Any, name: str) -> Any:
-    if _is_accumulator(total) and not is_slices(grad):
+def _checked(grad: Any, total: Any, path: str) -> Any:
+    name = f"updates{path}"
+    if not _is_accumulator(total):
+        if is_slices(grad):
+            raise TypeError(f"{name} is an IndexedSlices, but tables does not select it")
+        grad = jnp.asarray(grad)
+        if grad.shape != total.shape:
+            raise ValueError(f"{name} must have shape {total.shape}, got {grad.shape}")
+        return grad
+    if not is_slices(grad):
         raise TypeError(f"{name} is selected by tables and must be an IndexedSlices, got {grad!r}")
-    if not _is_accumulator(total) and is_slices(grad):
-        raise TypeError(f"{name} is an IndexedSlices, but tables does not select it")
-    if is_slices(grad):
-        return as_device_slices(grad)
-    grad = jnp.asarray(grad)
-    if grad.shape != total.shape:
-        raise ValueError(f"{name} must have shape {total.shape}, got {grad.shape}")
+    grad = as_slices(grad, name)
+    rows, shape = grad.num_rows, total.dense_shape
+    if grad.values.shape[1:] != shape[1:] or rows not in (None, shape[0]):
+        raise ValueError(
+            f"{name} has shape {(rows, *grad.values.shape[1:])}, but state.sums{path} is of a "
+            f"table of shape {shape}: state must be what init returned for these params"
+        )
     return grad
+
+
+def _check_params(state: MicroBatchState, params: PyTree) -> None:
+    """Raises if the sums are those of other tables than ``params``."""
+    treedef: Any
+    paths, treedef = jax.tree_util.tree_flatten_with_path(state.sums, is_leaf=_is_accumulator)
+    for (path, total), param in zip(paths, flatten_like(treedef, params), strict=True):
+        if _is_accumulator(total) and total.dense_shape != jnp.shape(param):
+            name = jax.tree_util.keystr(path)
+            raise ValueError(
+                f"params{name} has shape {jnp.shape(param)}, but state.sums{name} is of a table of "
+                f"shape {total.dense_shape}: state must be what init returned for these params"
+            )
 
 
 def _widened(grad: Any, total: Any) -> Any:
@@ -241,34 +283,32 @@ def _widened(grad: Any, total: Any) -> Any:
 
 
 def _add_to_sums(
-    sums: list[Any], grads: list[Any], global_step: jax.Array, local_step: ArrayLike | None
+    state: MicroBatchState, sums: list[Any], grads: list[Any], local_step: ArrayLike | None
 ) -> tuple[list[Any], jax.Array]:
     """Adds one gradient to all sums or to none."""
     is_stale = jnp.bool_(False)
     if local_step is not None:
-        is_stale = jnp.asarray(as_int32(local_step, "local_step")) < global_step
+        is_stale = jnp.asarray(as_int32(local_step, "local_step")) < state.global_step
     tables = [i for i, total in enumerate(sums) if _is_accumulator(total)]
-    added, verdict = apply_all([sums[i] for i in tables], [grads[i] for i in tables], is_stale)
+    held = [_with_counters(sums[i], state) for i in tables]
+    added, verdict = apply_all(held, [grads[i] for i in tables], is_stale)
     results = [
         total if i in tables else total + jnp.where(verdict == Verdict.ACCEPTED, grad, 0)
         for i, (total, grad) in enumerate(zip(sums, grads, strict=True))
     ]
-    for i, state in zip(tables, added, strict=True):
-        results[i] = state
+    for i, total in zip(tables, added, strict=True):
+        results[i] = _without_counters(total)
     return results, verdict
 
 
-def _with_counts(total: Any, verdict_counts: jax.Array) -> Any:
-    if not _is_accumulator(total):
-        return total
-    return dataclasses.replace(total, verdict_counts=verdict_counts)
-
-
-def _raise_if_refused(verdict: jax.Array, state: MicroBatchState) -> None:
+def _raise_if_refused(verdict: jax.Array, state: MicroBatchState, grads: list[Any]) -> None:
     if isinstance(verdict, jax.core.Tracer):
         return
     if verdict == Verdict.INVALID:
-        raise ValueError("updates have an index outside of its table; nothing was accumulated")
+        paths = jax.tree_util.tree_leaves_with_path(state.sums, is_leaf=_is_accumulator)
+        for grad, (path, total) in zip(grads, paths, strict=True):
+            if is_slices(grad):  # the first leaf at fault raises
+                check_indices(grad, total.dense_shape[0], f"updates{jax.tree_util.keystr(path)}")
     if verdict == Verdict.OVERFLOW:
         capacities = [
             total.capacity
@@ -279,6 +319,21 @@ def _raise_if_refused(verdict: jax.Array, state: MicroBatchState) -> None:
             f"capacity {capacities} has no room for the new rows of updates after "
             f"{int(state.num_accumulated)} gradients; nothing was accumulated"
         )
+
+
+def _step_or_rest(
+    ready: jax.Array, step: Callable[..., Any], state: MicroBatchState, params: PyTree | None
+) -> tuple[PyTree, MicroBatchState]:
+    is_known = not isinstance(ready, jax.core.Tracer)
+    if is_known and ready:
+        return cast("tuple[PyTree, MicroBatchState]", step(state, params))
+    # Jitted, it is traced once for the shapes and the branch together.
+    step = jax.jit(step, inline=True)
+    rest = functools.partial(_rest, jax.eval_shape(step, state, params)[0])
+    if is_known:  # a conditional would be compiled every time
+        return rest(state, params)
+    result = jax.lax.cond(ready, step, rest, state, params)
+    return cast("tuple[PyTree, MicroBatchState]", result)
 
 
 def _step(
@@ -294,7 +349,8 @@ def _step(
     grads = list(sums)
     for i, (total, dtype) in enumerate(zip(sums, dtypes, strict=True)):
         if _is_accumulator(total):
-            sums[i], taken, _ = take(total)
+            total, taken = take_if(_with_counters(total, state), jnp.bool_(True))
+            sums[i] = _without_counters(total)
             grads[i] = UniqueRows(dataclasses.replace(taken, values=taken.values.astype(dtype)))
         else:
             count = jnp.maximum(state.num_accumulated, 1).astype(total.dtype)
@@ -307,12 +363,14 @@ def _step(
     return updates, dataclasses.replace(
         state,
         sums=jax.tree.unflatten(treedef, sums),
-        inner_state=jax.tree.map(
-            lambda new, old: new.astype(old.dtype), inner_state, state.inner_state
-        ),
-        num_accumulated=jnp.int32(0),
-        global_step=state.global_step + 1,
+        inner_state=jax.tree.map(_cast_like, inner_state, state.inner_state),
+        num_accumulated=jnp.zeros_like(state.num_accumulated),
+        global_step=saturating_add(state.global_step, 1),
     )
+
+
+def _cast_like(new: Any, old: Any) -> Any:
+    return new if new.dtype == old.dtype else new.astype(old.dtype)  # keys cannot be cast
 
 
 def _rest(

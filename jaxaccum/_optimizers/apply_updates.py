@@ -1,31 +1,33 @@
-"""optax over trees that mix tables and dense leaves: applying updates."""
+"""optax over trees that mix tables and dense leaves: applying updates, counting invalid ids."""
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
+from jaxaccum._rows.tree import PyTree
 from jaxaccum._rows.unique_rows import (
     add_rows,
     fit_to_table,
     gather_rows,
+    is_invalid,
     is_slices,
     promote_dtypes,
     scatter_rows,
+    sum_dtype,
     unique_rows,
 )
-
-PyTree = Any
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     """Adds updates to parameters: rows into tables, everything else as optax does.
 
-    Jitted with the parameters donated, rows are written in place. Where an update is wider than
-    its parameter, the sum is rounded once, to the parameter's dtype.
+    Jitted with the parameters donated, rows are written in place. The updates of a row are summed
+    in float32 at least, and what comes out is rounded once, to the parameter's dtype.
 
     Args:
       params: a tree of arrays.
@@ -37,7 +39,9 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     Raises:
       TypeError: the indices of an update are no integers: a transform that does not know
         ``IndexedSlices`` has treated them as parameters.
-      ValueError: an update does not fit its parameter, or outside ``jit`` has invalid indices.
+      ValueError: an update does not fit its parameter, or outside ``jit`` has indices that are
+        neither rows of its table nor padding. Inside ``jit`` such slices are dropped, and
+        :func:`count_invalid` counts them.
 
     Example:
       >>> import jax.numpy as jnp, jaxaccum
@@ -53,6 +57,37 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
     )
 
 
+def count_invalid(grads: PyTree, params: PyTree) -> PyTree:
+    """Counts the slices of each leaf whose index is neither a row of its table nor padding.
+
+    Outside of ``jit`` such slices raise in `lazy_rows` and `apply_updates`. Inside, where nothing
+    can raise, they are dropped: report this count beside the loss to know. (`accumulate` refuses
+    the whole gradient; its state counts those.)
+
+    Args:
+      grads: a tree of gradients or updates, ``IndexedSlices`` for tables.
+      params: the same tree of arrays.
+
+    Returns:
+      The same tree of int32 scalars; zero for leaves that are no tables.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum
+      >>> params = {"bias": jnp.ones(2), "table": jnp.ones((3, 1))}
+      >>> ids = jnp.array([2_000_000_000, 1, -1, 2**31 - 1])  # the last is padding
+      >>> table = jaxaccum.IndexedSlices(ids, jnp.ones((4, 1)), (None, 1))
+      >>> jaxaccum.count_invalid({"bias": jnp.ones(2), "table": table}, params)
+      {'bias': Array(0, dtype=int32), 'table': Array(2, dtype=int32)}
+    """
+
+    def count(grad: Any, param: Any) -> jax.Array:
+        if not is_slices(grad):
+            return jnp.int32(0)
+        return jnp.sum(is_invalid(as_device_slices(grad), param.shape[0]), dtype=jnp.int32)
+
+    return jax.tree.map(count, grads, params, is_leaf=is_slices)
+
+
 def _add(param: Any, update: Any, name: str) -> Any:
     if param is None:
         return None
@@ -60,25 +95,15 @@ def _add(param: Any, update: Any, name: str) -> Any:
     if not is_slices(update):
         wide = promote_dtypes(param.dtype, update.dtype)
         return (param.astype(wide) + update.astype(wide)).astype(param.dtype)
-    return _add_rows(param, _checked(update, param, name), update.values)
+    return _add_rows(param, fit_to_table(update, param.shape, name))
 
 
-def _checked(update: IndexedSlices, param: jax.Array, name: str) -> IndexedSlices:
-    try:
-        return fit_to_table(update, param.shape, name)
-    except TypeError as err:
-        raise TypeError(
-            f"{name} has lost its row numbers ({err}): wrap the transforms that see sparse "
-            "leaves in lazy_rows"
-        ) from err
-
-
-def _add_rows(param: jax.Array, update: IndexedSlices, values: jax.Array) -> jax.Array:
-    wide = promote_dtypes(param.dtype, values.dtype)
+def _add_rows(param: jax.Array, update: IndexedSlices) -> jax.Array:
+    wide = sum_dtype(promote_dtypes(param.dtype, update.values.dtype))
+    update = dataclasses.replace(update, values=update.values.astype(wide))
     if wide == param.dtype:
-        # Padding is dropped whatever its values are: nothing to be gained by zeroing those first.
-        return add_rows(param, update.indices, jnp.asarray(values).astype(wide))
+        return add_rows(param, update.indices, update.values)
     # Rounded once a row, so that narrow tables neither lose duplicates nor round twice.
     update = unique_rows(update)
-    rows = gather_rows(param, update.indices).astype(wide) + update.values.astype(wide)
+    rows = gather_rows(param, update.indices).astype(wide) + update.values
     return scatter_rows(param, update.indices, rows)

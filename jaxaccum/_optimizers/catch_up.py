@@ -32,8 +32,8 @@ from jax.typing import ArrayLike
 from jaxaccum._optimizers.state_layout import RowLayout
 from jaxaccum._optimizers.trial import Trial, agree, run_now
 from jaxaccum._rows.public import public
-
-PyTree = Any
+from jaxaccum._rows.tree import PyTree
+from jaxaccum._rows.unique_rows import expand_to_rows
 
 # Below this the quotient of differences loses more to rounding than its limit is off.
 _NEARLY_EQUAL = 1e-5
@@ -59,6 +59,29 @@ def init_catch_up(inner_state: PyTree, params: PyTree) -> CatchUpState:
     """Returns the state before the first step. Any leaf may turn out to be a table."""
     last_step = jax.tree.map(lambda p: jnp.zeros(jnp.shape(p)[:1], jnp.int32), params)
     return CatchUpState(inner_state, jnp.int32(0), last_step)
+
+
+def check_last_step(state: Any, treedef: Any, expected: Mapping[int, tuple[int, ...]]) -> None:
+    """Raises ``ValueError`` if ``state`` does not tell when the rows of tables were last touched.
+
+    Args:
+      state: given to ``update``.
+      treedef: the structure of the params.
+      expected: the shape that the leaf of each table must have, by its position.
+    """
+    if not isinstance(state, CatchUpState):
+        raise ValueError(f"state must be what init returned, a CatchUpState, got {type(state)}")
+    paths, state_treedef = jax.tree_util.tree_flatten_with_path(state.last_step)
+    if state_treedef != treedef:
+        raise ValueError(f"state.last_step must be a tree like the params, got {state_treedef}")
+    for position, shape in expected.items():
+        path, leaf = paths[position]
+        if jnp.shape(leaf) != shape:
+            raise ValueError(
+                "state must be what init returned for these params, got "
+                f"state.last_step{jax.tree_util.keystr(path)} of shape {jnp.shape(leaf)}, "
+                f"expected {shape}"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,21 +172,19 @@ def caught_up(
     d_first, d_last = (1 + step(zero_rows, jnp.ones_like(param), end)[0] for end in ends)
     d = jnp.sqrt(jnp.maximum(d_first, 0) * jnp.maximum(d_last, 0))
     r = jnp.clip(jnp.where(first == 0, 0.0, second / jnp.where(first == 0, 1.0, first)), 0.0, 1.0)
-    k = _beside(missed, param).astype(jnp.float32)
+    k = expand_to_rows(missed, param).astype(jnp.float32)
     d_k, r_k, gap = jnp.power(d, k), jnp.power(r, k), d - r
     is_near = jnp.abs(gap) < _NEARLY_EQUAL
     series = jnp.where(
         is_near, k * jnp.power(d, jnp.maximum(k - 1, 0)), (d_k - r_k) / jnp.where(is_near, 1.0, gap)
     )
     new_rows = [
-        (leaf * jnp.power(factor, _beside(missed, leaf).astype(leaf.dtype))).astype(leaf.dtype)
+        (leaf * jnp.power(factor, expand_to_rows(missed, leaf).astype(leaf.dtype))).astype(
+            leaf.dtype
+        )
         for leaf, factor in zip(rows, factors, strict=True)
     ]
     return new_rows, d_k * param.astype(jnp.float32) + series * first
-
-
-def _beside(vector: jax.Array, leaf: jax.Array) -> jax.Array:
-    return jnp.expand_dims(vector, tuple(range(1, leaf.ndim)))
 
 
 def check_can_catch_up(

@@ -16,24 +16,25 @@ from jaxaccum._optimizers.catch_up import (
     RestStep,
     caught_up,
     check_can_catch_up,
+    check_last_step,
     init_catch_up,
 )
 from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._optimizers.state_layout import RowLayout, row_layout, struct, struct_of
 from jaxaccum._optimizers.trial import TrialFailedError, check_row_separable
 from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.tree import PyTree
 from jaxaccum._rows.unique_rows import (
     fit_to_table,
     gather_rows,
     is_slices,
     scatter_rows,
     unique_rows,
+    zero_padding,
 )
 
 if TYPE_CHECKING:
     import optax  # type: ignore[import-untyped]
-
-PyTree = Any
 
 # From about this share of its rows on, a table is updated faster as a whole (for Adam on a CPU by
 # benchmarks/train_step.py). Tables of fewer entries take no time either way.
@@ -52,6 +53,11 @@ def lazy_rows(
     dense optimizer: Adam's moments do not decay while a row sleeps. With every row touched the
     results are those of ``tx``.
 
+    This is right for transforms that are row-separable: the step of a row depends on that row's
+    gradient, state and parameters and on what all rows share (a step count, a norm over the touched
+    rows), not on other rows, nor on which place among the rows it has. Before its first use ``tx``
+    is tried on a tiny table to see whether it is.
+
     The state is the one of ``tx``, so that checkpoints of both fit each other. A table is
     recognised in ``update``; give lookups of repeated rows as they come, they are summed first.
 
@@ -60,7 +66,7 @@ def lazy_rows(
         yogi, clipping, schedules, and what ``chain``, ``masked``, ``partition`` and
         ``inject_hyperparams`` make of them. Norms over a gradient or an update run over its
         touched rows. Put ``lazy_rows`` outside of wrappers, and around every transform of a
-        chain that sees sparse leaves.
+        chain that sees sparse leaves: any other takes the row numbers in them for gradients.
       catch_up: let a row that is touched first catch up, in closed form, with the steps it slept
         through: moments decay, the parameter moves on by momentum and shrinks by decoupled weight
         decay, so that it follows the dense optimizer closely. Needs ``params`` in ``update``, an
@@ -75,8 +81,11 @@ def lazy_rows(
     Raises:
       ImportError: optax is not installed.
       ValueError: while ``update`` is traced: ``tx`` couples the rows of a table (adafactor, lamb,
-        lars, muon, shampoo, sm3) or cannot catch up, or updates, state and params do not fit
-        together.
+        lars, muon, shampoo, sm3), treats them by position, or cannot catch up; or updates, state
+        and params do not fit together. Outside of ``jit``: an index is neither a row of its table
+        nor padding. Inside ``jit`` such a slice is dropped; :func:`jaxaccum.count_invalid` counts
+        them, and ``checkify`` reports them.
+      TypeError: the indices of a sparse leaf are no integers.
 
     Example:
       >>> import jax.numpy as jnp, jaxaccum, optax
@@ -100,10 +109,11 @@ def lazy_rows(
 
 @dataclasses.dataclass(frozen=True)
 class UniqueRows:
-    """An ``IndexedSlices`` known to hold every row once, as one opaque leaf of a tree.
+    """An ``IndexedSlices`` of a table's shape, each row once, zeros as padding: one opaque leaf.
 
-    ``accumulate`` hands these to its inner transform: ``lazy_rows`` need not look for duplicates,
-    and a transform that does not know them fails instead of treating indices as parameters.
+    ``accumulate`` hands these to its inner transform: ``lazy_rows`` need not check them or look for
+    duplicates, and a transform that does not know them fails instead of treating indices as
+    parameters.
     """
 
     slices: IndexedSlices
@@ -243,6 +253,9 @@ class LazyUpdate:
         if param_leaves is not None:
             shapes = [struct_of(p) for p in param_leaves]
         plan = self._plan(treedef, shapes, tables, extra_args)
+        if self._catch_up:
+            check_last_step(state, treedef, {t: shapes[t].shape[:1] for t in tables})
+        plan.layout.check(state.inner_state if self._catch_up else state)
         block = _Block(self._tx, treedef, grads, param_leaves, tables, plan, extra_args)
         steps, state = block.update(state)
         for t in tables:
@@ -284,10 +297,13 @@ class LazyUpdate:
 
 
 def _fit(leaf: IndexedSlices | UniqueRows, param: Any, name: str) -> IndexedSlices:
-    slices = leaf.slices if isinstance(leaf, UniqueRows) else leaf
-    shape = slices.dense_shape if param is None else param.shape
-    slices = fit_to_table(slices, shape, name)
-    return slices if isinstance(leaf, UniqueRows) else unique_rows(slices)
+    if not isinstance(leaf, UniqueRows):
+        shape = leaf.dense_shape if param is None else param.shape
+        return unique_rows(zero_padding(fit_to_table(leaf, shape, name)))
+    shape = leaf.slices.dense_shape
+    if param is not None and param.shape != shape:
+        raise ValueError(f"{name} has shape {shape}, its table {param.shape}")
+    return leaf.slices
 
 
 def flatten_like(treedef: Any, params: PyTree) -> list[Any]:

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._rows.public import public
+from jaxaccum._rows.tree import PyTree
+from jaxaccum._rows.unique_rows import expand_to_rows
 
 if TYPE_CHECKING:
     import optax  # type: ignore[import-untyped]
-
-PyTree = Any
 
 
 @public
@@ -93,7 +93,7 @@ def _scale_by_rowwise_rss(optax: Any, initial: float, eps: float) -> optax.Gradi
         del params
         grads = jax.tree.map(lambda g: g.astype(jnp.float32), updates)
         sums = jax.tree.map(lambda g, s: s + _mean_square(g), grads, state.sum_of_squares)
-        updates = jax.tree.map(lambda g, s: g / (jnp.sqrt(_as_rows(s, g)) + eps), grads, sums)
+        updates = jax.tree.map(lambda g, s: g / (jnp.sqrt(expand_to_rows(s, g)) + eps), grads, sums)
         return updates, RowwiseAdagradState(sums)
 
     return optax.GradientTransformation(init, update)
@@ -101,10 +101,6 @@ def _scale_by_rowwise_rss(optax: Any, initial: float, eps: float) -> optax.Gradi
 
 def _mean_square(grad: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(grad), axis=tuple(range(1, grad.ndim)))
-
-
-def _as_rows(scalars: jax.Array, grad: jax.Array) -> jax.Array:
-    return jnp.expand_dims(scalars, tuple(range(1, grad.ndim)))
 
 
 def _round_stochastically(optax: Any, seed: int) -> optax.GradientTransformation:

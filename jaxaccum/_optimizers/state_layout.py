@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-PyTree = Any
+from jaxaccum._rows.tree import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +18,14 @@ class RowLayout:
 
     Attributes:
       owners: for every leaf of the state the position of the table it follows, or ``None``.
+      names: for every leaf of the state the path to it.
+      shapes: for every leaf of the state the shape it must have.
       treedef: the structure of the state.
     """
 
     owners: tuple[int | None, ...]
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
     treedef: Any
 
     def map_rows(
@@ -54,6 +58,17 @@ class RowLayout:
                 f"{treedef}, expected {self.treedef}"
             )
         return leaves
+
+    def check(self, state: PyTree) -> None:
+        """Raises ``ValueError`` if a leaf held by row has not the rows of its table."""
+        for owner, name, shape, leaf in zip(
+            self.owners, self.names, self.shapes, self.flatten(state), strict=True
+        ):
+            if owner is not None and jnp.shape(leaf) != shape:
+                raise ValueError(
+                    f"state must be what init returned for these params, got state{name} of shape "
+                    f"{jnp.shape(leaf)}, expected {shape}"
+                )
 
 
 def row_layout(tx: Any, params: list[Any], treedef: Any, tables: tuple[int, ...]) -> RowLayout:
@@ -95,7 +110,8 @@ def row_layout(tx: Any, params: list[Any], treedef: Any, tables: tuple[int, ...]
         _owner(path, leaf.shape, other.shape, rows_of)
         for (path, leaf), other in zip(whole, part, strict=True)
     )
-    return RowLayout(owners, state_treedef)
+    names = tuple(jax.tree_util.keystr(path) for path, _ in whole)
+    return RowLayout(owners, names, tuple(leaf.shape for _, leaf in whole), state_treedef)
 
 
 def _is_multi_steps(node: object) -> bool:

@@ -1,11 +1,14 @@
 """Which optax transforms can run on a few rows of a table, found out by a trial run.
 
-A tiny table is trained for a few steps and three things must hold, each of which a known family of
-transforms breaks:
+A transform is row-separable if the step of a row, and the state kept for it, depend on that row's
+gradient, parameters and state alone, and on what all rows share. A tiny table is trained for a few
+steps and four things must hold, each of which a known family of transforms breaks:
 
 * what is shared must not depend on the rows a step does not touch (statistics over all rows);
 * nor must the step of a touched row depend on the parameters of untouched rows, or on there being
   any (trust ratios, parameter norms, means over the table);
+* the rows in another order must get the same steps, in that order (a rate by position, a padding
+  row frozen by its number: in a block of touched rows, positions are no row numbers);
 * permuting the entries within one row, which changes no norm, must leave other rows alone
   (orthogonalisation, Kronecker factors, column statistics).
 
@@ -16,7 +19,7 @@ the global norm does: untouched rows have zeros there, so the touched ones are e
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -26,13 +29,14 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxaccum._optimizers.state_layout import refusal, row_layout, struct
-
-PyTree = Any
+from jaxaccum._rows.tree import PyTree
 
 # Rows of the trial table: two that every step touches, one that sleeps in the last step after
 # having been touched, and one of zeros like the padding of a block.
 _TOUCHED, _ASLEEP, _PADDING = slice(0, 2), slice(2, 3), slice(3, 4)
 _TRIAL_ROWS = 4
+# Another order of these rows, in which those that are touched come last and the other way round.
+_ORDER, _COMPACT = (2, 3, 1, 0), (0, 1)
 # The coupling looked for is a factor, rounding is not: anything between tells them apart.
 _TOLERANCE = 1e-3
 
@@ -58,7 +62,7 @@ def check_row_separable(
     except (TypeError, ValueError) as err:
         reason = f"it fails on two rows of a table of {_TRIAL_ROWS}: {err}"
         raise TrialFailedError(str(refusal(reason))) from err
-    for compact, whole, fresh, mixed in outcomes:
+    for compact, whole, fresh, moved, mixed in outcomes:
         if not agree(compact["shared"], whole["shared"]):
             raise refusal(
                 "it keeps a statistic over all rows of the table, also those the gradient does "
@@ -69,10 +73,23 @@ def check_row_separable(
                 "the step of a row depends on rows the gradient does not touch (as in lamb and "
                 "lars, whose trust ratio is a norm of the whole table, in adafactor and in muon)"
             )
+        if not agree(compact, moved) and not _only_noise_moves(trial, scales):
+            raise refusal(
+                "it treats rows by their position, which in the block of touched rows is not their "
+                "number (to leave rows of a table as they are, use jaxaccum.freeze_rows)"
+            )
         if not agree(_first_row(whole), _first_row(mixed)):
             raise refusal(
                 "it mixes the entries of different rows (as in muon, shampoo, or sm3's columns)"
             )
+
+
+def _only_noise_moves(trial: Trial, scales: np.ndarray) -> bool:
+    """Whether rows in another order differ by random numbers alone, which are drawn by position."""
+    if "random_bits" not in str(jax.make_jaxpr(trial.outcomes)(scales[0])):
+        return False
+    # Noise that is added is the same whatever the gradient, and drops out of a difference.
+    return all(agree(straight, moved) for straight, moved in run_now(trial.differences, scales))
 
 
 class TrialFailedError(ValueError):
@@ -92,24 +109,44 @@ class Trial:
         self.extra_args = stand_ins(extra_args)
         self.layout = row_layout(tx, self.params, treedef, tables)
 
-    def outcomes(self, scale: ArrayLike) -> tuple[Any, Any, Any, Any]:
-        """The last step on the touched rows alone, on all rows in two variants, and permuted."""
+    def outcomes(self, scale: ArrayLike) -> tuple[Any, ...]:
+        """The last step on the touched rows alone, and on all rows in four variants.
+
+        They are: as trained; with a fresh state for the others; that in another order; and with
+        the entries of one row permuted.
+        """
         state = self._history(scale)
-        touched = self.layout.map_rows(lambda _, leaf: leaf[_TOUCHED], state)
-        start = self.tx.init(self._params(0))
+        compact, moved, fresh = self._rearranged(state)
+        return (
+            self._last_step(compact, scale, order=_COMPACT),
+            self._last_step(state, scale),
+            self._last_step(fresh, scale),
+            self._last_step(moved, scale, order=_ORDER),
+            self._last_step(self._history(scale, permuted=True), scale, permuted=True),
+        )
+
+    def differences(self, scale: ArrayLike) -> tuple[Any, Any]:
+        """How far a gradient's last step is from that of one twice as large, in two orders."""
+        compact, moved, _ = self._rearranged(self._history(scale))
+
+        def change(state: PyTree, order: Sequence[int]) -> Any:
+            once, twice = (self._last_step(state, k * scale, order=order) for k in (1, 2))
+            return jax.tree.map(jnp.subtract, twice, once)
+
+        return change(compact, _COMPACT), change(moved, _ORDER)
+
+    def _rearranged(self, state: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        """The touched rows alone, all rows in another order, and with a fresh state for others."""
         fresh = self.layout.map_rows(
             lambda _, leaf, new: jnp.concatenate(
                 [leaf[_TOUCHED], new[_ASLEEP], jnp.zeros_like(leaf[_PADDING])]
             ),
             state,
-            start,
+            self.tx.init(self._params(0)),
         )
-        return (
-            self._last_step(touched, scale, rows=_TOUCHED),
-            self._last_step(state, scale),
-            self._last_step(fresh, scale),
-            self._last_step(self._history(scale, permuted=True), scale, permuted=True),
-        )
+        compact = self.layout.map_rows(lambda _, leaf: leaf[_TOUCHED], state)
+        moved = self.layout.map_rows(lambda _, leaf: leaf[np.array(_ORDER)], fresh)
+        return compact, moved, fresh
 
     def shared_states(self, scale: ArrayLike) -> tuple[list[Any], list[Any]]:
         """What rows share: at first, and after `num_steps` steps.
@@ -156,17 +193,25 @@ class Trial:
         return state
 
     def _last_step(
-        self, state: PyTree, scale: ArrayLike, *, rows: slice = slice(None), permuted: bool = False
+        self,
+        state: PyTree,
+        scale: ArrayLike,
+        *,
+        order: Sequence[int] = range(_TRIAL_ROWS),
+        permuted: bool = False,
     ) -> dict[str, Any]:
-        grads = self._grads(self.num_steps, scale, permuted=permuted, asleep=0.0, rows=rows)
-        params = self._params(self.num_steps, permuted=permuted, rows=rows)
+        grads = self._grads(self.num_steps, scale, permuted=permuted, asleep=0.0, order=order)
+        params = self._params(self.num_steps, permuted=permuted, order=order)
         updates, state = self.tx.update(grads, state, params, **self.extra_args)
         pairs = zip(self.layout.owners, self.layout.flatten(state), strict=True)
         steps = self.treedef.flatten_up_to(updates)
+        touched = np.array(
+            [list(order).index(row) for row in range(*_TOUCHED.indices(_TRIAL_ROWS))]
+        )
         return {
             "shared": self._shared(state),
-            "rows": [leaf[_TOUCHED] for owner, leaf in pairs if owner is not None],
-            "table_updates": [steps[i][_TOUCHED] for i in self.tables],
+            "rows": [leaf[touched] for owner, leaf in pairs if owner is not None],
+            "table_updates": [steps[i][touched] for i in self.tables],
             "dense_updates": [u for i, u in enumerate(steps) if i not in self.tables],
         }
 
@@ -186,7 +231,7 @@ class Trial:
         permuted: bool = False,
         asleep: float = 10.0,
         dense: float = 1.0,
-        rows: slice = slice(None),
+        order: Sequence[int] = range(_TRIAL_ROWS),
     ) -> PyTree:
         leaves = []
         for i, leaf in enumerate(self.params):
@@ -197,7 +242,7 @@ class Trial:
                 values[_PADDING] = 0.0
                 if permuted:  # within one row, so that no norm of it changes
                     values[1] = np.flip(values[1])
-                values = values[rows]
+                values = values[np.array(order)]
             else:
                 values *= dense
             leaves.append(jnp.asarray(values.astype(leaf.dtype)))

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import checkify
 
+from jaxaccum._rows.cpu_workarounds import compute_with
 from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
 from jaxaccum._rows.on_mesh import read_rows, unshard, write_rows
-from jaxaccum._rows.quotient import quotient
 
 
 def is_slices(node: object) -> bool:
@@ -19,19 +19,25 @@ def is_slices(node: object) -> bool:
     return isinstance(node, IndexedSlices)
 
 
+def expand_to_rows(numbers: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns ``numbers``, one a row, with axes of size 1 to stand beside ``rows``."""
+    return jnp.expand_dims(numbers, tuple(range(1, rows.ndim)))
+
+
 def fit_to_table(
     slices: IndexedSlices, table_shape: tuple[int | None, ...] | None, name: str
 ) -> IndexedSlices:
-    """Returns ``slices`` with the shape of the table, int32 indices and zeros where they pad.
+    """Returns ``slices`` with the shape of the table, and int32 indices that are rows or padding.
 
-    An index that is neither a row nor padding raises here if it can be read, that is outside
-    ``jit``; inside, ``checkify`` reports it and the slice is treated as padding.
+    An index that is neither raises here if it can be read, that is outside ``jit``. Inside, the
+    slice becomes padding: ``checkify`` reports it, and `count_invalid` counts it. Values stay as
+    they are, those of padding too.
 
     Raises:
       TypeError: ``slices`` does not hold integer indices.
       ValueError: the row shape or row count differs from the table's, or an index is invalid.
     """
-    slices = as_device_slices(slices)
+    slices = as_slices(slices, name)
     if table_shape is None or table_shape[0] is None:
         raise ValueError(
             f"params must be given where the row count is unknown, got {name} of shape "
@@ -43,15 +49,24 @@ def fit_to_table(
         )
     if slices.num_rows not in (None, table_shape[0]):
         raise ValueError(f"{name} has {slices.num_rows} rows, its table {table_shape[0]}")
-    _check_indices(slices, name)
-    slices = dataclasses.replace(
-        slices, indices=unshard(slices.indices), values=unshard(slices.values)
-    )
-    mask = slices.row_mask & (slices.indices < table_shape[0])
-    indices = jnp.where(mask, slices.indices, table_shape[0]).astype(jnp.int32)
-    wide_mask = jnp.expand_dims(mask, tuple(range(1, slices.values.ndim)))
-    values = jnp.where(wide_mask, slices.values, jnp.zeros((), slices.values.dtype))
-    return IndexedSlices(indices, values, table_shape)
+    rows = table_shape[0]
+    check_indices(slices, rows, name)
+    indices, values = unshard(slices.indices), unshard(slices.values)
+    is_row = (indices >= 0) & (indices < rows)
+    return IndexedSlices(jnp.where(is_row, indices, rows).astype(jnp.int32), values, table_shape)
+
+
+def is_invalid(slices: IndexedSlices, rows: int) -> jax.Array:
+    """Which slices are neither padding nor a row of a table of ``rows`` rows: bool ``[n]``."""
+    is_row = (slices.indices >= 0) & (slices.indices < rows)
+    return ~is_row & (slices.indices != slices.padding_index)
+
+
+def zero_padding(slices: IndexedSlices) -> IndexedSlices:
+    """Returns ``slices`` with values of zero where the index is padding."""
+    is_padding = expand_to_rows(slices.indices == slices.padding_index, slices.values)
+    values = jnp.where(is_padding, jnp.zeros((), slices.values.dtype), slices.values)
+    return dataclasses.replace(slices, values=values)
 
 
 def sum_duplicates(grad: IndexedSlices) -> IndexedSlices:
@@ -83,11 +98,8 @@ def sum_duplicates(grad: IndexedSlices) -> IndexedSlices:
     Source: ``jax.experimental.sparse.bcoo_sum_duplicates``, for rows.
     """
     grad = as_device_slices(grad)
-    is_padding = grad.indices == grad.padding_index
-    wide = jnp.expand_dims(is_padding, tuple(range(1, grad.values.ndim)))
-    values = jnp.where(wide, jnp.zeros((), grad.values.dtype), grad.values)
     # Wide indices stay wide: an id that does not fit int32 must not become one that does.
-    return unique_rows(IndexedSlices(grad.indices, values, grad.dense_shape))
+    return unique_rows(zero_padding(grad))
 
 
 def unique_rows(slices: IndexedSlices) -> IndexedSlices:
@@ -105,15 +117,10 @@ def unique_rows(slices: IndexedSlices) -> IndexedSlices:
 
 def gather_rows(table: jax.Array, indices: jax.Array) -> jax.Array:
     """Returns the rows of ``table`` at ``indices``, zeros for padding."""
+    if table.shape[0] == 0:
+        return jnp.zeros((*indices.shape, *table.shape[1:]), table.dtype)
     rows = read_rows(lambda t, i: t.at[i].get(mode="fill", fill_value=0), table, indices)
-    if indices.shape[0] == 0 or not jnp.issubdtype(table.dtype, jnp.floating):
-        return rows
-    # Rows that XLA's CPU backend has merely to move take it three times as long as rows it computes
-    # with: those it loads in wide registers. So they are divided by a one it cannot see through;
-    # a division is not put off to whoever reads the result. No number changes but subnormals, which
-    # all arithmetic there takes for zero.
-    one = jnp.where(indices[0] < 0, 2, 1).astype(rows.dtype)
-    return quotient(rows, jnp.broadcast_to(one, rows.shape))
+    return compute_with(rows, indices)
 
 
 def scatter_rows(table: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
@@ -160,8 +167,8 @@ def _add_in_order(values: jax.Array, order: jax.Array, segment: jax.Array) -> ja
     def join(
         left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]
     ) -> tuple[jax.Array, jax.Array]:
-        wide = jnp.expand_dims(left[0] == right[0], tuple(range(1, values.ndim)))
-        return right[0], jnp.where(wide, left[1], jnp.zeros_like(left[1])) + right[1]
+        same = expand_to_rows(left[0] == right[0], values)
+        return right[0], jnp.where(same, left[1], jnp.zeros_like(left[1])) + right[1]
 
     _, sums = jax.lax.associative_scan(join, (segment, values[order]))
     num = segment.shape[0]
@@ -182,15 +189,27 @@ def sum_dtype(dtype: jnp.dtype) -> jnp.dtype:
     return jnp.dtype(jnp.float32) if is_narrow else dtype
 
 
-def _check_indices(slices: IndexedSlices, name: str) -> None:
-    padding = slices.padding_index
-    if isinstance(slices.indices, jax.core.Tracer):
-        is_valid = jnp.all((slices.indices >= 0) & (slices.indices <= padding))
-        checkify.debug_check(is_valid, f"{name} has an index outside 0..{padding}")
+def as_slices(slices: IndexedSlices, name: str) -> IndexedSlices:
+    """Returns ``slices`` with array leaves, checked; ``name`` says in errors which leaf it is."""
+    try:
+        return as_device_slices(slices)
+    except TypeError as err:
+        raise TypeError(
+            f"{name} has lost its row numbers ({err}): wrap every transform that sees the sparse "
+            "leaf in lazy_rows"
+        ) from err
+
+
+def check_indices(slices: IndexedSlices, rows: int, name: str) -> None:
+    """Raises ``ValueError`` outside ``jit``, and tells ``checkify`` inside, of invalid indices."""
+    wrong = is_invalid(slices, rows)
+    if isinstance(wrong, jax.core.Tracer):
+        checkify.debug_check(~jnp.any(wrong), f"{name} has an index outside of its {rows} rows")
         return
-    indices = np.asarray(slices.indices)
-    if indices.size and (indices.min() < 0 or indices.max() > padding):
+    if np.any(wrong):
+        ids = np.unique(np.asarray(slices.indices)[np.asarray(wrong)]).tolist()
+        shown = ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
         raise ValueError(
-            f"{name} has indices from {indices.min()} to {indices.max()}, its table {padding} "
-            f"rows; rows are 0..{padding - 1} and {padding} is padding"
+            f"{name} has indices outside of its table of {rows} rows: {shown}; rows are "
+            f"0..{rows - 1} and {slices.padding_index} is padding"
         )

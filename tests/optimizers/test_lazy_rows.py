@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from breadth import in_breadth
 from jax.experimental import checkify
 
 import jaxaccum
@@ -132,7 +133,9 @@ def jitted(tx):
 BATCHES = ([4, 1, 4, ROWS], [7, 7, 2, 1], [ROWS, 1, 0, 12], [ROWS] * 4)
 
 
-@pytest.mark.parametrize("name", SEPARABLE)
+@pytest.mark.parametrize(
+    "name", in_breadth(SEPARABLE, {"adamw", "chain", "masked", "partition", "inject_hyperparams"})
+)
 def test_touched_rows_get_what_the_dense_transform_gives_them(name):
     tx = SEPARABLE[name]
     lazy = jaxaccum.lazy_rows(tx)
@@ -240,7 +243,7 @@ def test_it_stays_itself_under_jit_and_scan(scan):
     assert_close(carry, expected, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "chain"])
+@pytest.mark.parametrize("name", in_breadth(["adam", "adamw", "chain"], {"adamw"}))
 def test_a_donated_step_copies_no_table(name):
     rows, n = 50_021, 64  # a size that nothing else has
     tx = jaxaccum.lazy_rows(SEPARABLE[name])
@@ -262,7 +265,85 @@ def test_a_donated_step_copies_no_table(name):
     assert compiled.memory_analysis().temp_size_in_bytes < rows * 4
 
 
+BY_POSITION = {
+    "freezes the first row": lambda x: x.at[0].set(0),
+    "freezes the last row": lambda x: x.at[-1].set(0),
+    "a rate by position": lambda x: x * jnp.arange(x.shape[0])[:, None],
+    "minus the first row": lambda x: x - x[:1],
+    "running sums": lambda x: jnp.cumsum(x, axis=0),
+}
+
+
+@pytest.mark.parametrize("name", BY_POSITION)
+def test_a_transform_that_treats_rows_by_position_is_refused(name):
+    tx = jaxaccum.lazy_rows(optax.stateless_with_tree_map(lambda g, _: BY_POSITION[name](g)))
+    table = jnp.ones((ROWS, WIDTH))
+    grad = IndexedSlices(jnp.array([5]), jnp.ones((1, WIDTH)), (ROWS, WIDTH))
+    with pytest.raises(ValueError, match=r"row-separable, but .*(position|depends).*"):
+        jax.eval_shape(tx.update, grad, tx.init(table), table)
+
+
+def test_what_a_transform_keeps_for_each_row_may_come_from_its_number():
+    def init(table):
+        return jnp.arange(table.shape[0], dtype=jnp.float32)
+
+    def update(updates, state, params=None):
+        return updates * state[:, None], state
+
+    tx = jaxaccum.lazy_rows(optax.GradientTransformation(init, update))
+    table = jnp.ones((ROWS, WIDTH))
+    grad = IndexedSlices(jnp.array([5, 2]), jnp.ones((2, WIDTH)), (ROWS, WIDTH))
+    updates, _ = tx.update(grad, tx.init(table), table)
+    np.testing.assert_array_equal(updates.to_dense()[[5, 2], 0], [5, 2])
+
+
+FROZEN = {"bias": None, "table": [0, 7]}
+
+
+class TestFreezeRows:
+    @pytest.mark.parametrize("catch_up", [False, True])
+    def test_frozen_rows_are_left_alone_and_the_others_are_not(self, catch_up):
+        lazy = jaxaccum.lazy_rows(optax.adamw(0.1, weight_decay=0.5), catch_up=catch_up)
+        tx = optax.chain(jaxaccum.freeze_rows(FROZEN), lazy)
+        peer, batches = jitted(lazy), ([0, 1, 7, 1], [2, 7, 0, 1])
+        step, params = jitted(tx), make_params()
+        state, without, its_state = tx.init(params), params, lazy.init(params)
+        for seed, batch in enumerate(batches):
+            grads = make_grads(batch, seed)
+            params, state = step(grads, state, params)
+            kept = np.where(np.isin(batch, [0, 7]), ROWS, batch)
+            grads["table"] = IndexedSlices(jnp.asarray(kept), grads["table"].values, (ROWS, WIDTH))
+            without, its_state = peer(grads, its_state, without)
+        assert_close((params, state[1]), (without, its_state), rtol=1e-6)
+        start = make_params()["table"]
+        changed = np.any(np.asarray(params["table"] != start), axis=1)
+        assert list(np.flatnonzero(changed)) == [1, 2]
+
+    def test_wrong_rows_are_named(self):
+        params, grads = make_params(), make_grads([1])
+        with pytest.raises(ValueError, match=rf"rows\['table'\] must be rows .* 0 to {ROWS}"):
+            jaxaccum.freeze_rows({"bias": None, "table": [0, ROWS]}).init(params)
+        with pytest.raises(TypeError, match=r"rows\['table'\] must be a list of ints"):
+            jaxaccum.freeze_rows({"bias": None, "table": [0.5]}).init(params)
+        with pytest.raises(ValueError, match="rows must be a tree like the params"):
+            jaxaccum.freeze_rows({"table": [0]}).init(params)
+        tx = jaxaccum.freeze_rows(FROZEN)
+        with pytest.raises(TypeError, match=r"updates\['table'\] has frozen rows"):
+            tx.update(dense(grads), tx.init(params), params)
+
+
 class TestApplyUpdates:
+    @pytest.mark.parametrize("jit", [False, True])
+    def test_narrow_updates_of_one_row_are_summed_in_float32(self, jit):
+        n = 3_000
+        updates = IndexedSlices(
+            jnp.full(n, 2, jnp.int32), jnp.full((n, 1), 2.0**-8, jnp.bfloat16), (4, 1)
+        )
+        apply = jax.jit(jaxaccum.apply_updates) if jit else jaxaccum.apply_updates
+        table = apply(jnp.zeros((4, 1), jnp.bfloat16), updates)
+        exact = jnp.bfloat16(n * 2.0**-8)
+        np.testing.assert_array_equal(table.ravel(), jnp.array([0, 0, exact, 0], jnp.bfloat16))
+
     def test_repeated_rows_add_up_and_padding_is_skipped(self):
         updates = IndexedSlices(jnp.array([2, 4, 2]), jnp.array([[1.0], [9.0], [2.0]]), (4, 1))
         table = jaxaccum.apply_updates(jnp.ones((4, 1)), updates)
@@ -323,11 +404,43 @@ def test_it_advises_where_a_dense_update_is_faster():
 
 
 class TestBadInput:
+    def test_an_id_beyond_a_table_whose_gradient_knows_no_row_count(self):
+        tx, table = jaxaccum.lazy_rows(optax.sgd(1.0)), jnp.zeros((100, 1))
+        ids = jnp.array([2_000_000_000, 5, -3, 2**31 - 1])
+        grad = IndexedSlices(ids, jnp.ones((4, 1)), (None, 1))
+        message = "updates has indices outside of its table of 100 rows: -3, 2000000000;"
+        with pytest.raises(ValueError, match=message):
+            tx.update(grad, tx.init(table), table)
+        with pytest.raises(ValueError, match=message):
+            jaxaccum.apply_updates(table, grad)
+
+        @jax.jit
+        def step(grad, table):
+            updates, _ = tx.update(grad, tx.init(table), table)
+            count = jaxaccum.count_invalid(grad, table)
+            return jaxaccum.apply_updates(table, updates), count
+
+        new, count = step(grad, table)
+        assert count == 2
+        np.testing.assert_array_equal(new.ravel(), -1.0 * (np.arange(100) == 5))
+        error, _ = checkify.checkify(step)(grad, table)
+        assert "index outside of its 100 rows" in error.get()
+
+    @pytest.mark.parametrize("catch_up", [False, True])
+    def test_a_state_of_another_row_count(self, catch_up):
+        tx = jaxaccum.lazy_rows(optax.adam(0.1), catch_up=catch_up)
+        params, small = make_params(), {**make_params(), "table": jnp.ones((ROWS // 2, WIDTH))}
+        message = rf"state\S*\['table'\] of shape \({ROWS // 2},.*\), expected \({ROWS},.*\)"
+        with pytest.raises(ValueError, match=message):
+            tx.update(make_grads([1]), tx.init(small), params)
+
     def test_index_out_of_range(self):
         tx, params = jaxaccum.lazy_rows(optax.sgd(0.1)), make_params()
         for index in (-1, ROWS + 1):
             grads = make_grads([1, index])
-            with pytest.raises(ValueError, match=rf"updates\['table'\] has indices .* {ROWS} rows"):
+            with pytest.raises(
+                ValueError, match=rf"updates\['table'\] has indices .* {ROWS} rows: {index};"
+            ):
                 tx.update(grads, tx.init(params), params)
             with pytest.raises(ValueError, match="indices"):
                 jaxaccum.apply_updates(params, grads)
