@@ -16,10 +16,11 @@ from jaxaccum._accumulator.counters import saturating_add
 from jaxaccum._accumulator.state import AccumulatorState, Reduction, Verdict, as_int32
 from jaxaccum._accumulator.state import init as init_sums
 from jaxaccum._accumulator.take import take_if
-from jaxaccum._optimizers.lazy_rows import LazyUpdate, UniqueRows, flatten_like, lazy_rows
+from jaxaccum._optimizers.lazy_rows import LazyUpdate, flatten_like, lazy_rows
 from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.on_mesh import match_rows
+from jaxaccum._rows.opaque import UniqueRows, fit_updates
 from jaxaccum._rows.public import public
 from jaxaccum._rows.tables import select_tables
 from jaxaccum._rows.tree import PyTree
@@ -166,7 +167,8 @@ def accumulate(
         required = num_required(state.global_step) if callable(num_required) else num_required
         ready = state.num_accumulated >= jnp.maximum(as_int32(required, "num_required"), 1)
         step = functools.partial(_step, tx, dtypes, reduction, extra_args)
-        return _step_or_rest(ready, step, state, params)
+        steps, state = _step_or_rest(ready, step, state, params)
+        return fit_updates(steps, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 

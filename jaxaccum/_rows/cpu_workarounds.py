@@ -12,21 +12,6 @@ import jax.numpy as jnp
 from jaxaccum._rows.quotient import quotient
 
 
-def all_true(mask: jax.Array) -> jax.Array:
-    """Returns whether all of a bool array are true.
-
-    XLA's CPU backend takes the least of bytes faster than it "ands" bools. Measured on jax 0.10.2
-    and 0.12.0 together with the comparison of 65,536 rows that gives the mask: a tenth of the time
-    is saved (51 us in place of 55).
-    """
-
-    def take_least(mask: jax.Array) -> jax.Array:
-        return jnp.min(mask.astype(jnp.int8), initial=1) == 1
-
-    result: jax.Array = jax.lax.platform_dependent(mask, cpu=take_least, default=jnp.all)
-    return result
-
-
 def compute_with(rows: jax.Array, indices: jax.Array) -> jax.Array:
     """Returns ``rows``, just gathered from a table at ``indices`` of 0 and above.
 

@@ -9,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxaccum._rows.cpu_workarounds import all_true
 from jaxaccum._rows.prefix_sums import count_before
 from jaxaccum._sparse_ops import keys
 
@@ -113,7 +112,7 @@ def match_in_line(table: jax.Array, queries: jax.Array) -> Matched:
     rows = _split_columns(table)
     rises = keys.is_less(tuple(w[:-1] for w in rows), tuple(w[1:] for w in rows))
     # A table that ends in padding repeats it, or has a row that no query is: never right.
-    is_right = all_true(same | ~inside) & all_true(rises) & (num_inside == num_rows)
+    is_right = jnp.all(same | ~inside) & jnp.all(rises) & (num_inside == num_rows)
 
     def by_value(_: _Guess) -> _Guess:
         (found,) = match_rows(table, queries)
