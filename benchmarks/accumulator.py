@@ -142,8 +142,12 @@ def torch_cycle(work: Workload) -> Callable[[], Any]:
     """Sum of sparse tensors, then coalesce; without the division by row counts, which it lacks."""
     import torch
 
+    device = harness.torch_device()
     grads = [
-        (torch.from_numpy(ids.astype(np.int64))[None], torch.from_numpy(values))
+        (
+            torch.from_numpy(ids.astype(np.int64))[None].to(device),
+            torch.from_numpy(values).to(device),
+        )
         for ids, values in work.gradients()
     ]
     shape = (work.rows, work.columns)
@@ -153,6 +157,7 @@ def torch_cycle(work: Workload) -> Callable[[], Any]:
         for ids, values in grads[1:]:
             total = total + torch.sparse_coo_tensor(ids, values, shape, check_invariants=False)
         total.coalesce()
+        harness.torch_wait()
 
     return cycle
 
@@ -177,25 +182,25 @@ def dense_cycle(work: Workload) -> Callable[[], Any]:
 def cycles() -> None:
     rows = []
     for work in CYCLES:
-        times = harness.interleaved_ms(
-            {
-                "jaxaccum": jaxaccum_cycle(work, work.rows),
-                "jaxaccum at once": jaxaccum_cycle(work, work.rows, at_once=True),
-                "unknown rows": jaxaccum_cycle(work, None),
-                "tensorflow": tensorflow_cycle(work, at_once=False),
-                "tf at once": tensorflow_cycle(work, at_once=True),
-                "torch": torch_cycle(work),
-                "dense": dense_cycle(work),
-            },
-            repeats=40 if work.num_ids < 1000 else 7,
-            in_a_row=3,
-        )
+        steps = {
+            "jaxaccum": jaxaccum_cycle(work, work.rows),
+            "jaxaccum at once": jaxaccum_cycle(work, work.rows, at_once=True),
+            "unknown rows": jaxaccum_cycle(work, None),
+            "dense": dense_cycle(work),
+        }
+        if harness.is_installed("torch"):
+            steps["torch"] = torch_cycle(work)
+        if harness.is_installed("tensorflow"):
+            steps["tensorflow"] = tensorflow_cycle(work, at_once=False)
+            steps["tf at once"] = tensorflow_cycle(work, at_once=True)
+        repeats = 40 if work.num_ids < 1000 else 7
+        times = harness.interleaved_ms(steps, repeats=repeats, in_a_row=3)
         ours, at_once = times["jaxaccum"], times["jaxaccum at once"]
         rows.append(
             {"cycle": work.name, "ours ms": ours, "unknown ms": times["unknown rows"]}
-            | {f"{name} / ours": times[name] / ours for name in PEERS}
-            | {"at once ms": at_once, "tensorflow / at once": times["tensorflow"] / at_once}
-            | {"tf at once / at once": times["tf at once"] / at_once}
+            | {f"{name} / ours": times[name] / ours for name in PEERS if name in times}
+            | {"at once ms": at_once}
+            | {f"{name} / at once": times[name] / at_once for name in PEERS[:2] if name in times}
         )
     note = (
         "M applies and a take; medians of whole cycles. One call a gradient, or all in one: a "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -64,6 +65,24 @@ def interleaved_ms(
             if repeat >= warmup:
                 times[name] += row
     return {name: statistics.median(ts) * 1e3 for name, ts in times.items()}
+
+
+def is_installed(peer: str) -> bool:
+    """Whether a peer can be measured here: TensorFlow has no package for some machines."""
+    return importlib.util.find_spec(peer) is not None
+
+
+def torch_device() -> str:
+    """Where PyTorch should compute, to be compared with JAX."""
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def torch_wait() -> None:
+    """Waits for what PyTorch has begun, as ``block_until_ready`` does for JAX."""
+    import torch
+
+    if torch_device() == "cuda":
+        torch.cuda.synchronize()
 
 
 def environment() -> dict[str, Any]:

@@ -133,13 +133,14 @@ def jax_stepper(peer: str, rows: int, batches: list[np.ndarray]) -> tuple[Callab
 def torch_stepper(rows: int, batches: list[np.ndarray]) -> Callable[[], Any]:
     import torch
 
-    table = torch.nn.Embedding(rows, WIDTH, sparse=True)
-    hidden = torch.nn.Parameter(torch.randn(WIDTH) / 8)
+    device = harness.torch_device()
+    table = torch.nn.Embedding(rows, WIDTH, sparse=True, device=device)
+    hidden = torch.nn.Parameter(torch.randn(WIDTH, device=device) / 8)
     optimizers = [
         torch.optim.SparseAdam(list(table.parameters()), lr=1e-3),
         torch.optim.Adam([hidden], lr=1e-3),
     ]
-    ids = [torch.from_numpy(batch.astype(np.int64)) for batch in batches]
+    ids = [torch.from_numpy(batch.astype(np.int64)).to(device) for batch in batches]
     turn = iter(range(1 << 30))
 
     def run() -> None:
@@ -150,6 +151,7 @@ def torch_stepper(rows: int, batches: list[np.ndarray]) -> Callable[[], Any]:
             value.backward()
         for optimizer in optimizers:
             optimizer.step()
+        harness.torch_wait()
 
     return run
 

@@ -24,6 +24,7 @@ from jaxaccum._optimizers.rowwise_adagrad import rowwise_adagrad
 from jaxaccum._rows.embedding_bag import embedding_bag
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.map_values import global_norm, map_values
+from jaxaccum._rows.row_major import row_major
 from jaxaccum._rows.unique_rows import sum_duplicates
 from jaxaccum._sparse_grad.value_and_sparse_grad import value_and_sparse_grad
 from jaxaccum._sparse_ops.ops import sparse_add, sparse_add_jvp, sparse_slice, sparse_slice_jvp
@@ -61,6 +62,7 @@ __all__ = [
     "merge",
     "raw_ops",
     "replicate",
+    "row_major",
     "rowwise_adagrad",
     "set_step",
     "shard_init",

@@ -21,7 +21,7 @@ from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.on_mesh import match_rows
 from jaxaccum._rows.opaque import UniqueRows, fit_updates
-from jaxaccum._rows.public import public
+from jaxaccum._rows.public import public, pytree
 from jaxaccum._rows.tables import select_tables
 from jaxaccum._rows.tree import PyTree
 from jaxaccum._rows.unique_rows import (
@@ -37,8 +37,7 @@ if TYPE_CHECKING:
 
 
 @public
-@functools.partial(
-    jax.tree_util.register_dataclass,
+@pytree(
     data_fields=[
         "sums",
         "inner_state",

@@ -24,6 +24,7 @@ from jaxaccum._optimizers.state_layout import RowLayout, row_layout, struct, str
 from jaxaccum._optimizers.trial import TrialFailedError, check_row_separable
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.opaque import UniqueRows, fit_updates
+from jaxaccum._rows.row_major import warn_if_copied
 from jaxaccum._rows.tree import PyTree
 from jaxaccum._rows.unique_rows import (
     fit_to_table,
@@ -102,6 +103,7 @@ def lazy_rows(
     inner = optax.with_extra_args_support(tx)
 
     def init(params: PyTree) -> PyTree:
+        warn_if_copied(params, "params")
         state = inner.init(params)
         return init_catch_up(state, params) if catch_up else state
 

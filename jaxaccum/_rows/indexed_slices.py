@@ -14,7 +14,7 @@ import numpy as np
 from jax.experimental import sparse
 from jax.typing import ArrayLike
 
-from jaxaccum._rows.public import public
+from jaxaccum._rows.public import public, pytree
 from jaxaccum._rows.strangers import refuse_strangers
 
 # No row has this index: the padding of gradients whose row count is unknown.
@@ -22,7 +22,7 @@ UNKNOWN_ROWS_PADDING = 2**31 - 1
 
 
 @public
-@jax.tree_util.register_pytree_with_keys_class
+@pytree(data_fields=["indices", "values"], meta_fields=["dense_shape"])
 @dataclasses.dataclass(frozen=True)
 class IndexedSlices:
     """Rows of a gradient that is zero everywhere else.
@@ -84,16 +84,17 @@ class IndexedSlices:
     def tree_flatten(self) -> tuple[tuple[Any, Any], Any]:
         """Returns the two leaves and the static shape, unless whoever asks would misuse them."""
         refuse_strangers(self.dense_shape, sys._getframe(1))
-        return (self.indices, self.values), self.dense_shape
+        return (self.indices, self.values), (self.dense_shape,)
 
     def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
         """Returns the leaves of ``tree_flatten`` with their names."""
         refuse_strangers(self.dense_shape, sys._getframe(1))
-        return tuple(zip(_KEYS, (self.indices, self.values), strict=True)), self.dense_shape
+        return tuple(zip(_KEYS, (self.indices, self.values), strict=True)), (self.dense_shape,)
 
     @classmethod
-    def tree_unflatten(cls, dense_shape: Any, leaves: tuple[Any, Any]) -> IndexedSlices:
+    def tree_unflatten(cls, static: tuple[Any], leaves: tuple[Any, Any]) -> IndexedSlices:
         """Puts leaves or placeholders together, unless row numbers have become floats."""
+        (dense_shape,) = static
         if _is_inexact(leaves[0]):
             raise TypeError(
                 f"the row numbers of a gradient of shape {dense_shape} have become "
