@@ -8,7 +8,13 @@ from jaxaccum._accumulator.take import take
 from jaxaccum._coordinator.errors import CancelledError, DeadlineExceededError, InvalidArgumentError
 from jaxaccum._distributed.all_merge import all_merge, all_take
 from jaxaccum._distributed.all_sum import all_sum
-from jaxaccum._distributed.mesh import replicate, shard_init, shard_rows, shard_specs
+from jaxaccum._distributed.mesh import (
+    drop_device_axis,
+    replicate,
+    shard_init,
+    shard_rows,
+    shard_specs,
+)
 from jaxaccum._distributed.sharded_table import all_apply, all_lookup
 from jaxaccum._optimizers.accumulate import MicroBatchState, accumulate
 from jaxaccum._optimizers.apply_updates import apply_updates, count_invalid
@@ -45,6 +51,7 @@ __all__ = [
     "apply",
     "apply_updates",
     "count_invalid",
+    "drop_device_axis",
     "embedding_bag",
     "freeze_rows",
     "global_norm",

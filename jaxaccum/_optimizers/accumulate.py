@@ -19,6 +19,7 @@ from jaxaccum._accumulator.take import take_if
 from jaxaccum._optimizers.lazy_rows import LazyUpdate, flatten_like, lazy_rows
 from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.on_mesh import match_rows
 from jaxaccum._rows.opaque import UniqueRows, fit_updates
 from jaxaccum._rows.public import public, pytree
 from jaxaccum._rows.tables import select_tables
@@ -187,8 +188,9 @@ def _new_sum(param: Any, is_table: bool, capacity: Any, *, reduction: Reduction)
     dtype = sum_dtype(jnp.result_type(param))
     if is_table:
         state = init_sums(param.shape, dtype, capacity=capacity, reduction=reduction)
-        return _without_counters(state)
-    return jnp.zeros(jnp.shape(param), dtype)
+        values = match_rows(state.values, param)
+        return _without_counters(dataclasses.replace(state, values=values))
+    return jnp.zeros_like(param, dtype)
 
 
 _COUNTERS = ("num_accumulated", "global_step", "verdict_counts", "num_shared", "shared_verdicts")
@@ -380,10 +382,8 @@ def _rest(
 
     def nothing(leaf: Any) -> Any:
         if not is_slices(leaf):
-            return jnp.zeros(leaf.shape, leaf.dtype)
+            return jnp.zeros_like(leaf)  # sharded alike, too
         indices = jnp.full(leaf.indices.shape, leaf.padding_index, jnp.int32)
-        return IndexedSlices(
-            indices, jnp.zeros(leaf.values.shape, leaf.values.dtype), leaf.dense_shape
-        )
+        return IndexedSlices(indices, jnp.zeros_like(leaf.values), leaf.dense_shape)
 
     return jax.tree.map(nothing, shapes, is_leaf=is_slices), state

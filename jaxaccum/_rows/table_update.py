@@ -8,6 +8,7 @@ import jax
 
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.unique_rows import (
+    add_rows,
     fit_to_table,
     gather_rows,
     promote_dtypes,
@@ -27,7 +28,7 @@ def add_to_table(table: jax.Array, update: IndexedSlices, name: str) -> jax.Arra
     wide = sum_dtype(promote_dtypes(table.dtype, update.values.dtype))
     update = dataclasses.replace(update, values=update.values.astype(wide))
     if wide == table.dtype:
-        return table.at[update.indices].add(update.values, mode="drop")
+        return add_rows(table, update.indices, update.values)
     # Rounded once a row, so that narrow tables neither lose duplicates nor round twice.
     update = unique_rows(update)
     rows = gather_rows(table, update.indices).astype(wide) + update.values

@@ -11,6 +11,7 @@ from jax.experimental import checkify
 
 from jaxaccum._rows.cpu_workarounds import compute_with
 from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
+from jaxaccum._rows.on_mesh import read_rows, unshard, write_rows
 
 
 def is_slices(node: object) -> bool:
@@ -50,9 +51,9 @@ def fit_to_table(
         raise ValueError(f"{name} has {slices.num_rows} rows, its table {table_shape[0]}")
     rows = table_shape[0]
     check_indices(slices, rows, name)
-    is_row = (slices.indices >= 0) & (slices.indices < rows)
-    indices = jnp.where(is_row, slices.indices, rows).astype(jnp.int32)
-    return IndexedSlices(indices, slices.values, table_shape)
+    indices, values = unshard(slices.indices), unshard(slices.values)
+    is_row = (indices >= 0) & (indices < rows)
+    return IndexedSlices(jnp.where(is_row, indices, rows).astype(jnp.int32), values, table_shape)
 
 
 def is_invalid(slices: IndexedSlices, rows: int) -> jax.Array:
@@ -118,12 +119,22 @@ def gather_rows(table: jax.Array, indices: jax.Array) -> jax.Array:
     """Returns the rows of ``table`` at ``indices``, zeros for padding."""
     if table.shape[0] == 0:
         return jnp.zeros((*indices.shape, *table.shape[1:]), table.dtype)
-    return compute_with(table.at[indices].get(mode="fill", fill_value=0), indices)
+    rows = read_rows(lambda t, i: t.at[i].get(mode="fill", fill_value=0), table, indices)
+    return compute_with(rows, indices)
 
 
 def scatter_rows(table: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
     """Returns ``table`` with ``rows`` at ``indices``, which are unique; padding is dropped."""
-    return table.at[indices].set(rows.astype(table.dtype), mode="drop", unique_indices=True)
+
+    def write(table: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
+        return table.at[indices].set(rows, mode="drop", unique_indices=True)
+
+    return write_rows(write, table, indices, rows.astype(table.dtype))
+
+
+def add_rows(table: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns ``table`` with ``rows`` added at ``indices``; padding is dropped."""
+    return write_rows(lambda t, i, r: t.at[i].add(r, mode="drop"), table, indices, rows)
 
 
 def _sum_duplicates(slices: IndexedSlices) -> IndexedSlices:
