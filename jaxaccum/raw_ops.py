@@ -7,8 +7,7 @@ apply`, `jaxaccum.sparse_add` and the rest, whose results have static sizes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +26,7 @@ from jaxaccum._tensorflow.sparse_gradient import SparseGradient, as_tuple
 # ruff: noqa: N802  (TensorFlow's names)
 
 _Handle = SparseConditionalAccumulator | Coordinator
-_Array = ArrayLike | Sequence[Any]
+_Array = checks.Array
 
 
 class SparseSum(NamedTuple):

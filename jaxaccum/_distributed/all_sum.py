@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import jax
 
 from jaxaccum._distributed.exchange import AxisName, all_gather, axis_size
 from jaxaccum._rows.indexed_slices import as_device_slices
+from jaxaccum._rows.tree import Leaf, PyTree
 from jaxaccum._rows.unique_rows import is_slices
 
 
-def all_sum(grads: Any, axis_name: AxisName) -> Any:
+def all_sum(grads: PyTree, axis_name: AxisName) -> PyTree:
     """Sums gradients over devices, inside `jax.shard_map` or `jax.pmap`: `jax.lax.psum` for rows.
 
     A dense gradient is summed by `jax.lax.psum`. The rows of all devices are gathered, one after
@@ -40,7 +40,7 @@ def all_sum(grads: Any, axis_name: AxisName) -> Any:
     """
     axis_size(axis_name)
 
-    def add(grad: Any) -> Any:
+    def add(grad: Leaf) -> Leaf:
         if not is_slices(grad):
             return jax.lax.psum(grad, axis_name)  # type: ignore[no-untyped-call]
         grad = as_device_slices(grad)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from jaxaccum._rows.indexed_slices import as_device_slices
 from jaxaccum._rows.opaque import UniqueRows
 from jaxaccum._rows.table_update import add_to_table
-from jaxaccum._rows.tree import PyTree
+from jaxaccum._rows.tree import Leaf, PyTree
 from jaxaccum._rows.unique_rows import is_invalid, is_slices, promote_dtypes
 
 
@@ -69,7 +67,7 @@ def count_invalid(grads: PyTree, params: PyTree) -> PyTree:
       {'bias': Array(0, dtype=int32), 'table': Array(2, dtype=int32)}
     """
 
-    def count(grad: Any, param: Any) -> jax.Array:
+    def count(grad: Leaf, param: Leaf) -> jax.Array:
         if not is_slices(grad):
             return jnp.int32(0)
         return jnp.sum(is_invalid(as_device_slices(grad), param.shape[0]), dtype=jnp.int32)
@@ -77,7 +75,7 @@ def count_invalid(grads: PyTree, params: PyTree) -> PyTree:
     return jax.tree.map(count, grads, params, is_leaf=is_slices)
 
 
-def _add(param: Any, update: Any, name: str) -> Any:
+def _add(param: Leaf, update: Leaf, name: str) -> Leaf:
     if param is None:
         return None
     param = jnp.asarray(param)

@@ -22,17 +22,19 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import PyTreeDef
 from jax.typing import ArrayLike
 
+from jaxaccum._optimizers.optax_import import Transform
 from jaxaccum._optimizers.state_layout import RowLayout
 from jaxaccum._optimizers.trial import Trial, agree, run_now
 from jaxaccum._rows.public import named_tuple, public
-from jaxaccum._rows.tree import PyTree
+from jaxaccum._rows.tree import Leaf, PyTree
 from jaxaccum._rows.unique_rows import expand_to_rows
 
 # Below this the quotient of differences loses more to rounding than its limit is off.
@@ -62,7 +64,9 @@ def init_catch_up(inner_state: PyTree, params: PyTree) -> CatchUpState:
     return CatchUpState(inner_state, jnp.int32(0), last_step)
 
 
-def check_last_step(state: Any, treedef: Any, expected: Mapping[int, tuple[int, ...]]) -> None:
+def check_last_step(
+    state: object, treedef: PyTreeDef, expected: Mapping[int, tuple[int, ...]]
+) -> None:
     """Raises ``ValueError`` if ``state`` does not tell when the rows of tables were last touched.
 
     Args:
@@ -99,14 +103,14 @@ class RestStep:
       owner: position of that table among the tables.
     """
 
-    tx: Any
-    treedef: Any
+    tx: Transform
+    treedef: PyTreeDef
     layout: RowLayout
     is_counter: tuple[bool, ...]
-    state: list[Any]
-    grads: list[Any]
-    params: list[Any]
-    extra_args: Mapping[str, Any]
+    state: list[Leaf]
+    grads: list[Leaf]
+    params: list[Leaf]
+    extra_args: Mapping[str, object]
     table: int
     owner: int
 
@@ -189,11 +193,11 @@ def caught_up(
 
 
 def check_can_catch_up(
-    tx: Any,
-    params: list[Any],
-    treedef: Any,
+    tx: Transform,
+    params: list[Leaf],
+    treedef: PyTreeDef,
     tables: tuple[int, ...],
-    extra_args: Mapping[str, Any],
+    extra_args: Mapping[str, object],
 ) -> tuple[bool, ...]:
     """Tries whether ``tx`` steps rows without a gradient as the closed form says.
 
@@ -232,14 +236,14 @@ def check_can_catch_up(
     return is_counter
 
 
-def _counts(before: Any, after: Any) -> bool:
+def _counts(before: Leaf, after: Leaf) -> bool:
     is_int = jnp.issubdtype(before.dtype, jnp.integer) and before.ndim == 0
     return bool(is_int and after == before + Trial.num_steps)
 
 
 def _rest_steps(
     trial: Trial, is_counter: tuple[bool, ...], drifting: list[int], owner: int, scale: ArrayLike
-) -> tuple[Any, Any, Any]:
+) -> tuple[PyTree, PyTree, PyTree]:
     """Three rows after a step, what they are if it is linear, and if what drifts were another."""
     state, grads, params, table = trial.at_rest(owner, scale)
     step = RestStep(

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import PyTreeDef
 
 from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._rows.indexed_slices import IndexedSlices
-from jaxaccum._rows.tree import PyTree
+from jaxaccum._rows.tree import Leaf, PyTree
 from jaxaccum._rows.unique_rows import as_slices, is_slices
 
 if TYPE_CHECKING:
@@ -58,7 +59,9 @@ def freeze_rows(rows: PyTree) -> optax.GradientTransformation:
             _check_rows(ids, jnp.shape(leaf)[:1], path)
         return optax.EmptyState()
 
-    def update(updates: PyTree, state: PyTree, params: PyTree | None = None) -> Any:
+    def update(
+        updates: PyTree, state: PyTree, params: PyTree | None = None
+    ) -> tuple[PyTree, PyTree]:
         del params
         leaves = [_dropped(grad, ids, path) for path, grad, ids in _pairs(updates, rows)]
         return jax.tree.unflatten(jax.tree.structure(updates, is_leaf=is_slices), leaves), state
@@ -66,9 +69,9 @@ def freeze_rows(rows: PyTree) -> optax.GradientTransformation:
     return optax.GradientTransformation(init, update)
 
 
-def _pairs(tree: PyTree, rows: PyTree) -> list[tuple[str, Any, np.ndarray]]:
+def _pairs(tree: PyTree, rows: PyTree) -> list[tuple[str, Leaf, np.ndarray]]:
     """Each leaf of ``tree`` with the path to it and the rows that are frozen in it."""
-    treedef: Any
+    treedef: PyTreeDef
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_slices)
     try:
         frozen = treedef.flatten_up_to(rows)
@@ -80,7 +83,7 @@ def _pairs(tree: PyTree, rows: PyTree) -> list[tuple[str, Any, np.ndarray]]:
     ]
 
 
-def _as_ids(ids: Any, path: str) -> np.ndarray:
+def _as_ids(ids: object, path: str) -> np.ndarray:
     ids = np.asarray([] if ids is None else ids)
     if ids.size == 0:
         return np.zeros(0, np.int32)
@@ -97,7 +100,7 @@ def _check_rows(ids: np.ndarray, shape: tuple[int | None, ...], path: str) -> No
         )
 
 
-def _dropped(grad: Any, ids: np.ndarray, path: str) -> Any:
+def _dropped(grad: Leaf, ids: np.ndarray, path: str) -> Leaf:
     if not ids.size:
         return grad
     if not is_slices(grad):

@@ -6,10 +6,12 @@ import contextlib
 import dataclasses
 import math
 import warnings
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import PyTreeDef
 
 from jaxaccum._optimizers.catch_up import (
     CatchUpState,
@@ -19,13 +21,13 @@ from jaxaccum._optimizers.catch_up import (
     check_last_step,
     init_catch_up,
 )
-from jaxaccum._optimizers.optax_import import import_optax
+from jaxaccum._optimizers.optax_import import Transform, import_optax
 from jaxaccum._optimizers.state_layout import RowLayout, row_layout, struct, struct_of
 from jaxaccum._optimizers.trial import TrialFailedError, check_row_separable
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.opaque import UniqueRows, fit_updates
 from jaxaccum._rows.row_major import warn_if_copied
-from jaxaccum._rows.tree import PyTree
+from jaxaccum._rows.tree import Leaf, PyTree
 from jaxaccum._rows.unique_rows import (
     fit_to_table,
     gather_rows,
@@ -127,20 +129,20 @@ class _Plan:
 class _Block:
     """The touched rows of every table, with one update to be run on them."""
 
-    tx: Any
-    treedef: Any
-    grads: list[Any]  # unique IndexedSlices for tables
-    params: list[Any] | None
+    tx: Transform
+    treedef: PyTreeDef
+    grads: list[Leaf]  # unique IndexedSlices for tables
+    params: list[Leaf] | None
     tables: tuple[int, ...]
     plan: _Plan
-    extra_args: dict[str, Any]
+    extra_args: dict[str, object]
 
     @property
     def rows(self) -> list[jax.Array]:
         """The touched rows of each table."""
         return [self.grads[t].indices for t in self.tables]
 
-    def update(self, state: PyTree) -> tuple[list[Any], PyTree]:
+    def update(self, state: PyTree) -> tuple[list[Leaf], PyTree]:
         """Runs the transform; returns updates by leaf, dense in the rows, and the new state."""
         params = self._params()
         if self.plan.is_counter is None:
@@ -153,7 +155,7 @@ class _Block:
         inner_state = self._scattered(state.inner_state, new)
         return updates, CatchUpState(inner_state, state.num_steps + 1, last_step)
 
-    def _run(self, state: PyTree, params: list[Any] | None) -> tuple[list[Any], PyTree]:
+    def _run(self, state: PyTree, params: list[Leaf] | None) -> tuple[list[Leaf], PyTree]:
         grads = [g.values if is_slices(g) else g for g in self.grads]
         updates, state = self.tx.update(
             jax.tree.unflatten(self.treedef, grads),
@@ -163,7 +165,7 @@ class _Block:
         )
         return self.treedef.flatten_up_to(updates), state
 
-    def _params(self) -> list[Any] | None:
+    def _params(self) -> list[Leaf] | None:
         if self.params is None:
             return None
         pairs = zip(self.grads, self.params, strict=True)
@@ -184,8 +186,8 @@ class _Block:
         )
 
     def _caught_up(
-        self, state: CatchUpState, params: list[Any] | None
-    ) -> tuple[PyTree, list[Any], list[jax.Array], PyTree]:
+        self, state: CatchUpState, params: list[Leaf] | None
+    ) -> tuple[PyTree, list[Leaf], list[jax.Array], PyTree]:
         """State and parameters as if the rows had never slept, how far they moved, and when."""
         if params is None:
             raise ValueError("params must be given to update with catch_up, got None")
@@ -218,20 +220,19 @@ class _Block:
 class LazyUpdate:
     """The ``update`` of ``lazy_rows``."""
 
-    def __init__(self, tx: Any, *, catch_up: bool) -> None:
+    def __init__(self, tx: Transform, *, catch_up: bool) -> None:
         self._tx = tx
         self._catch_up = catch_up
-        self._plans: dict[Any, _Plan] = {}
+        self._plans: dict[Hashable, _Plan] = {}
         self._told: set[tuple[str, int]] = set()
 
     def __call__(
-        self, updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: Any
+        self, updates: PyTree, state: PyTree, params: PyTree | None = None, **extra_args: object
     ) -> tuple[PyTree, PyTree]:
         leaves, treedef = jax.tree.flatten(updates, is_leaf=is_sparse)
         tables = tuple(i for i, leaf in enumerate(leaves) if is_sparse(leaf))
         if not tables and not self._catch_up:
-            result = self._tx.update(updates, state, params, **extra_args)
-            return cast("tuple[PyTree, PyTree]", result)
+            return self._tx.update(updates, state, params, **extra_args)
         param_leaves = None if params is None else flatten_like(treedef, params)
         grads = list(leaves)
         for t in tables:
@@ -273,7 +274,11 @@ class LazyUpdate:
             )
 
     def _plan(
-        self, treedef: Any, shapes: list[Any], tables: tuple[int, ...], extra_args: dict[str, Any]
+        self,
+        treedef: PyTreeDef,
+        shapes: list[Leaf],
+        tables: tuple[int, ...],
+        extra_args: dict[str, object],
     ) -> _Plan:
         key = (treedef, tables, tuple((s.shape, s.dtype) for s in shapes), tuple(extra_args))
         if key not in self._plans:
@@ -287,7 +292,7 @@ class LazyUpdate:
         return self._plans[key]
 
 
-def _fit(leaf: IndexedSlices | UniqueRows, param: Any, name: str) -> IndexedSlices:
+def _fit(leaf: IndexedSlices | UniqueRows, param: Leaf, name: str) -> IndexedSlices:
     if not isinstance(leaf, UniqueRows):
         shape = leaf.dense_shape if param is None else param.shape
         return unique_rows(zero_padding(fit_to_table(leaf, shape, name)))
@@ -297,7 +302,7 @@ def _fit(leaf: IndexedSlices | UniqueRows, param: Any, name: str) -> IndexedSlic
     return leaf.slices
 
 
-def flatten_like(treedef: Any, params: PyTree) -> list[Any]:
+def flatten_like(treedef: PyTreeDef, params: PyTree) -> list[Leaf]:
     """Returns the leaves of ``params``, whose tree must be that of the updates."""
     leaves, params_treedef = jax.tree.flatten(params)
     if params_treedef != treedef:
@@ -307,7 +312,7 @@ def flatten_like(treedef: Any, params: PyTree) -> list[Any]:
     return leaves
 
 
-def _path(treedef: Any, position: int) -> str:
+def _path(treedef: PyTreeDef, position: int) -> str:
     numbered = jax.tree.unflatten(treedef, range(treedef.num_leaves))
     path, _ = jax.tree_util.tree_leaves_with_path(numbered)[position]
     return jax.tree_util.keystr(path)

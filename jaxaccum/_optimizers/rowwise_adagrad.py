@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+import types
+from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import PyTreeDef
 
 from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._rows.public import named_tuple, public
@@ -83,7 +85,9 @@ def rowwise_adagrad(
     return optax.chain(*steps)
 
 
-def _scale_by_rowwise_rss(optax: Any, initial: float, eps: float) -> optax.GradientTransformation:
+def _scale_by_rowwise_rss(
+    optax: types.ModuleType, initial: float, eps: float
+) -> optax.GradientTransformation:
     def init(params: PyTree) -> RowwiseAdagradState:
         return RowwiseAdagradState(
             jax.tree.map(lambda p: jnp.full(jnp.shape(p)[:1], initial, jnp.float32), params)
@@ -105,7 +109,7 @@ def _mean_square(grad: jax.Array) -> jax.Array:
     return jnp.mean(jnp.square(grad), axis=tuple(range(1, grad.ndim)))
 
 
-def _round_stochastically(optax: Any, seed: int) -> optax.GradientTransformation:
+def _round_stochastically(optax: types.ModuleType, seed: int) -> optax.GradientTransformation:
     def init(params: PyTree) -> StochasticRoundingState:
         del params
         return StochasticRoundingState(jnp.int32(0))
@@ -116,7 +120,7 @@ def _round_stochastically(optax: Any, seed: int) -> optax.GradientTransformation
         if params is None:
             raise ValueError("params must be given to update with stochastic_rounding, got None")
         key = jax.random.fold_in(jax.random.key(seed), state.num_steps)
-        treedef: Any
+        treedef: PyTreeDef
         leaves, treedef = jax.tree.flatten(updates)
         keys = jax.random.split(key, len(leaves))
         rounded = [

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import PyTreeDef
+from jax.typing import DTypeLike
 
-from jaxaccum._rows.tree import PyTree
+from jaxaccum._optimizers.optax_import import Transform
+from jaxaccum._rows.tables import KeyPath
+from jaxaccum._rows.tree import Leaf, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,10 +29,14 @@ class RowLayout:
     owners: tuple[int | None, ...]
     names: tuple[str, ...]
     shapes: tuple[tuple[int, ...], ...]
-    treedef: Any
+    treedef: PyTreeDef
 
     def map_rows(
-        self, fun: Callable[..., Any], state: PyTree, *rest: PyTree, shared: Any = None
+        self,
+        fun: Callable[..., Leaf],
+        state: PyTree,
+        *rest: PyTree,
+        shared: Callable[..., Leaf] | None = None,
     ) -> PyTree:
         """Applies ``fun(owner, leaf, *rest)`` to leaves held by row, ``shared`` to all others."""
         others = [self.flatten(tree) for tree in rest]
@@ -39,17 +46,17 @@ class RowLayout:
         ]
         return jax.tree.unflatten(self.treedef, leaves)
 
-    def rows_of(self, leaves: list[Any], owner: int) -> list[Any]:
+    def rows_of(self, leaves: list[Leaf], owner: int) -> list[Leaf]:
         """Returns the ``leaves`` that follow table ``owner``."""
         return [leaf for o, leaf in zip(self.owners, leaves, strict=True) if o == owner]
 
-    def with_rows(self, leaves: list[Any], owner: int, rows: list[Any]) -> list[Any]:
+    def with_rows(self, leaves: list[Leaf], owner: int, rows: list[Leaf]) -> list[Leaf]:
         """Returns ``leaves`` with ``rows`` in place of those that follow table ``owner``."""
         held = iter(rows)
         pairs = zip(self.owners, leaves, strict=True)
         return [next(held) if o == owner else leaf for o, leaf in pairs]
 
-    def flatten(self, state: PyTree) -> list[Any]:
+    def flatten(self, state: PyTree) -> list[Leaf]:
         """Returns the leaves of ``state``, which must be one that this transform made."""
         leaves, treedef = jax.tree.flatten(state)
         if treedef != self.treedef:
@@ -71,7 +78,9 @@ class RowLayout:
                 )
 
 
-def row_layout(tx: Any, params: list[Any], treedef: Any, tables: tuple[int, ...]) -> RowLayout:
+def row_layout(
+    tx: Transform, params: list[Leaf], treedef: PyTreeDef, tables: tuple[int, ...]
+) -> RowLayout:
     """Lays out the state of ``tx`` for params of these shapes, without computing anything.
 
     It is laid out for tables of two sizes: a leaf whose leading axis follows the row count of a
@@ -99,7 +108,7 @@ def row_layout(tx: Any, params: list[Any], treedef: Any, tables: tuple[int, ...]
             "optax.MultiSteps keeps its sums as rows that only emit when they are touched again; "
             "use jaxaccum.accumulate"
         )
-    state_treedef: Any
+    state_treedef: PyTreeDef
     whole, state_treedef = jax.tree_util.tree_flatten_with_path(state)
     part, part_treedef = jax.tree.flatten(
         jax.eval_shape(tx.init, jax.tree.unflatten(treedef, small))
@@ -119,7 +128,10 @@ def _is_multi_steps(node: object) -> bool:
 
 
 def _owner(
-    path: Any, whole: tuple[int, ...], part: tuple[int, ...], rows_of: Mapping[int, tuple[int, int]]
+    path: KeyPath,
+    whole: tuple[int, ...],
+    part: tuple[int, ...],
+    rows_of: Mapping[int, tuple[int, int]],
 ) -> int | None:
     if whole == part:
         return None
@@ -140,11 +152,11 @@ def refusal(reason: str) -> ValueError:
     )
 
 
-def struct(shape: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+def struct(shape: tuple[int, ...], dtype: DTypeLike) -> jax.ShapeDtypeStruct:
     """Returns the shape and dtype of an array that need not exist."""
     return jax.ShapeDtypeStruct(shape, dtype)  # type: ignore[no-untyped-call]
 
 
-def struct_of(leaf: Any) -> jax.ShapeDtypeStruct:
+def struct_of(leaf: Leaf) -> jax.ShapeDtypeStruct:
     """Returns the shape and dtype of ``leaf``, an array or a number."""
     return struct(jnp.shape(leaf), jnp.result_type(leaf))

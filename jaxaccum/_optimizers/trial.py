@@ -20,16 +20,18 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import PyTreeDef
 from jax.typing import ArrayLike
 
+from jaxaccum._optimizers.optax_import import Transform
 from jaxaccum._optimizers.state_layout import refusal, row_layout, struct
-from jaxaccum._rows.tree import PyTree
+from jaxaccum._rows.tree import Leaf, PyTree
 
 # Rows of the trial table: two that every step touches, one that sleeps in the last step after
 # having been touched, and one of zeros like the padding of a block.
@@ -39,14 +41,16 @@ _TRIAL_ROWS = 4
 _ORDER, _COMPACT = (2, 3, 1, 0), (0, 1)
 # The coupling looked for is a factor, rounding is not: anything between tells them apart.
 _TOLERANCE = 1e-3
+# What the last step of a trial comes to, by name: leaves of the state and of the updates.
+_Outcome: TypeAlias = dict[str, list[Leaf]]
 
 
 def check_row_separable(
-    tx: Any,
-    params: list[Any],
-    treedef: Any,
+    tx: Transform,
+    params: list[Leaf],
+    treedef: PyTreeDef,
     tables: tuple[int, ...],
-    extra_args: Mapping[str, Any],
+    extra_args: Mapping[str, object],
 ) -> None:
     """Tries ``tx`` on a tiny table and raises if rows cannot be updated apart from each other.
 
@@ -102,14 +106,19 @@ class Trial:
     num_steps = 4
 
     def __init__(
-        self, tx: Any, params: list[Any], treedef: Any, tables: tuple[int, ...], extra_args: Any
+        self,
+        tx: Transform,
+        params: list[Leaf],
+        treedef: PyTreeDef,
+        tables: tuple[int, ...],
+        extra_args: Mapping[str, object],
     ) -> None:
         self.tx, self.treedef, self.tables = tx, treedef, tables
         self.params = [_shrunk(p, i in tables) for i, p in enumerate(params)]
         self.extra_args = stand_ins(extra_args)
         self.layout = row_layout(tx, self.params, treedef, tables)
 
-    def outcomes(self, scale: ArrayLike) -> tuple[Any, ...]:
+    def outcomes(self, scale: ArrayLike) -> tuple[_Outcome, ...]:
         """The last step on the touched rows alone, and on all rows in four variants.
 
         They are: as trained; with a fresh state for the others; that in another order; and with
@@ -125,11 +134,11 @@ class Trial:
             self._last_step(self._history(scale, permuted=True), scale, permuted=True),
         )
 
-    def differences(self, scale: ArrayLike) -> tuple[Any, Any]:
+    def differences(self, scale: ArrayLike) -> tuple[_Outcome, _Outcome]:
         """How far a gradient's last step is from that of one twice as large, in two orders."""
         compact, moved, _ = self._rearranged(self._history(scale))
 
-        def change(state: PyTree, order: Sequence[int]) -> Any:
+        def change(state: PyTree, order: Sequence[int]) -> _Outcome:
             once, twice = (self._last_step(state, k * scale, order=order) for k in (1, 2))
             return jax.tree.map(jnp.subtract, twice, once)
 
@@ -148,7 +157,7 @@ class Trial:
         moved = self.layout.map_rows(lambda _, leaf: leaf[np.array(_ORDER)], fresh)
         return compact, moved, fresh
 
-    def shared_states(self, scale: ArrayLike) -> tuple[list[Any], list[Any]]:
+    def shared_states(self, scale: ArrayLike) -> tuple[list[Leaf], list[Leaf]]:
         """What rows share: at first, and after `num_steps` steps.
 
         Dense leaves get no gradient, so that only tables can make a difference.
@@ -156,7 +165,9 @@ class Trial:
         start = self.tx.init(self._params(0))
         return self._shared(start), self._shared(self._history(scale, dense=0.0))
 
-    def at_rest(self, owner: int, scale: ArrayLike) -> tuple[list[Any], list[Any], list[Any], int]:
+    def at_rest(
+        self, owner: int, scale: ArrayLike
+    ) -> tuple[list[Leaf], list[Leaf], list[Leaf], int]:
         """State, and for one row of each table no gradient and parameters of zero."""
         state = self.layout.flatten(self._history(scale))
         params = self.treedef.flatten_up_to(self._params(0))
@@ -179,7 +190,7 @@ class Trial:
         leaf = self.params[table]
         return jnp.asarray(_normal((3, *leaf.shape[1:]), 3).astype(leaf.dtype))
 
-    def _shared(self, state: PyTree) -> list[Any]:
+    def _shared(self, state: PyTree) -> list[Leaf]:
         pairs = zip(self.layout.owners, self.layout.flatten(state), strict=True)
         # Rows do not enter a random key; what is drawn from it shows in the updates.
         return [jnp.zeros(()) if _is_key(leaf) else leaf for owner, leaf in pairs if owner is None]
@@ -199,7 +210,7 @@ class Trial:
         *,
         order: Sequence[int] = range(_TRIAL_ROWS),
         permuted: bool = False,
-    ) -> dict[str, Any]:
+    ) -> _Outcome:
         grads = self._grads(self.num_steps, scale, permuted=permuted, asleep=0.0, order=order)
         params = self._params(self.num_steps, permuted=permuted, order=order)
         updates, state = self.tx.update(grads, state, params, **self.extra_args)
@@ -253,7 +264,7 @@ def _normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape)
 
 
-def _shrunk(leaf: Any, is_table: bool) -> jax.ShapeDtypeStruct:
+def _shrunk(leaf: Leaf, is_table: bool) -> jax.ShapeDtypeStruct:
     # Tables keep their row shape, for which transforms may have rules; float32 keeps rounding,
     # stochastic rounding included, out of the comparison.
     dtype = leaf.dtype
@@ -275,7 +286,7 @@ def stand_ins(tree: PyTree) -> PyTree:
     )
 
 
-def run_now(fun: Callable[[ArrayLike], Any], args: np.ndarray) -> list[Any]:
+def run_now(fun: Callable[[ArrayLike], PyTree], args: np.ndarray) -> list[Leaf]:
     """Computes ``fun`` of each of ``args`` at once, also while something else is being traced.
 
     Values of the surrounding trace that ``fun`` closes over, such as a learning rate that is
@@ -293,7 +304,7 @@ def run_now(fun: Callable[[ArrayLike], Any], args: np.ndarray) -> list[Any]:
     return [jax.tree.unflatten(jax.tree.structure(shape), leaves) for leaves in results]
 
 
-def _first_row(outcome: dict[str, Any]) -> list[Any]:
+def _first_row(outcome: _Outcome) -> list[Leaf]:
     return [leaf[:1] for leaf in (*outcome["rows"], *outcome["table_updates"])]
 
 
@@ -303,11 +314,11 @@ def agree(left: PyTree, right: PyTree, *, tolerance: float = _TOLERANCE) -> bool
     return all(_close(a, b, tolerance) for a, b in pairs)
 
 
-def _is_key(leaf: Any) -> bool:
+def _is_key(leaf: Leaf) -> bool:
     return bool(jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key))
 
 
-def _close(left: Any, right: Any, tolerance: float) -> bool:
+def _close(left: Leaf, right: Leaf, tolerance: float) -> bool:
     a, b = (np.asarray(x).astype(np.complex128) for x in (left, right))
     largest = np.max(np.abs(np.where(np.isfinite(a), a, 0.0)), initial=0.0)
     return bool(np.allclose(a, b, rtol=tolerance, atol=tolerance * largest, equal_nan=True))

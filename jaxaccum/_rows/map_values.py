@@ -5,16 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.tree import Leaf, PyTree
 from jaxaccum._rows.unique_rows import is_slices, promote_dtypes, sum_dtype, sum_duplicates
 
 
-def map_values(fun: Callable[[jax.Array], Any], tree: Any) -> Any:
+def map_values(fun: Callable[[jax.Array], jax.Array], tree: PyTree) -> PyTree:
     """Applies a function to the values of gradients; `jax.tree.map` would reach the indices too.
 
     Rows that repeat are seen one by one, and rows that are not held not at all: scaling, casting
@@ -39,7 +38,7 @@ def map_values(fun: Callable[[jax.Array], Any], tree: Any) -> Any:
       (Array([-2.,  0.,  2.], dtype=float32), Array([0.5], dtype=float32))
     """
 
-    def apply(leaf: Any) -> Any:
+    def apply(leaf: Leaf) -> Leaf:
         if not is_slices(leaf):
             return fun(leaf)
         values = fun(leaf.values)
@@ -55,7 +54,7 @@ def map_values(fun: Callable[[jax.Array], Any], tree: Any) -> Any:
     return jax.tree.map(apply, tree, is_leaf=is_slices)
 
 
-def global_norm(tree: Any) -> jax.Array:
+def global_norm(tree: PyTree) -> jax.Array:
     """Computes the norm of all gradients together, as if those held as rows were dense.
 
     What ``optax.global_norm`` is of the dense gradients: repeated rows are summed first, padding
@@ -81,8 +80,8 @@ def global_norm(tree: Any) -> jax.Array:
     return jnp.sqrt(total)
 
 
-def _sum_of_squares(leaf: Any) -> jax.Array:
-    if isinstance(leaf, IndexedSlices):
+def _sum_of_squares(leaf: Leaf) -> jax.Array:
+    if is_slices(leaf):
         values = leaf.values.astype(sum_dtype(leaf.values.dtype))
         array = sum_duplicates(dataclasses.replace(leaf, values=values)).values
     else:

@@ -56,7 +56,7 @@ def _dtype_name(dtype: np.dtype[Any]) -> dict[str, str]:
     return {"dtype": dtype.name}
 
 
-def _static(value: Any) -> Any:
+def _static(value: object) -> object:
     if isinstance(value, dict):
         return jax.numpy.dtype(value["dtype"])
     return tuple(value) if isinstance(value, list) else value

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
 
 import jax
 from jax.experimental.layout import Format, Layout
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from jaxaccum._rows.tree import PyTree
+from jaxaccum._rows.tree import Leaf, PyTree
 
 _LARGE = 2**20  # entries; a copy of fewer costs little
 
@@ -76,15 +75,15 @@ def warn_if_copied(tree: PyTree, name: str) -> None:
             )
 
 
-def _where(leaf: Any) -> Sharding:
+def _where(leaf: Leaf) -> Sharding:
     where = getattr(leaf, "sharding", None)
     return where if where is not None else SingleDeviceSharding(jax.devices()[0])
 
 
-def _format(leaf: Any, where: Sharding) -> Format | Sharding:
+def _format(leaf: Leaf, where: Sharding) -> Format | Sharding:
     return Format(Layout(tuple(range(leaf.ndim))), where) if _has_rows(leaf) else where
 
 
-def _has_rows(leaf: Any) -> bool:
+def _has_rows(leaf: Leaf) -> bool:
     # Rows of one number lie together in any order of the axes, and padded would take 128 times.
     return leaf.ndim > 1 and math.prod(leaf.shape[1:]) > 1

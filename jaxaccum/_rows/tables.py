@@ -9,11 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum._rows.indexed_slices import IndexedSlices
-from jaxaccum._rows.tree import PyTree
+from jaxaccum._rows.tree import Leaf, PyTree
+from jaxaccum._rows.unique_rows import is_slices
 
-# What stands in a tree, and the way to it.
-Leaf: TypeAlias = Any
+# The way to a leaf.
 KeyPath: TypeAlias = tuple[Any, ...]
 # How tables are selected: by a predicate, or by a tree (or prefix) of bools.
 Tables: TypeAlias = Callable[[KeyPath, Leaf], bool] | PyTree
@@ -35,7 +34,7 @@ def select_tables(tables: Tables, tree: PyTree) -> PyTree:
       ValueError: ``tables`` is no prefix of ``tree``, or a selected leaf is a scalar.
     """
     if callable(tables) and jax.tree_util.all_leaves([tables]):
-        selected = jax.tree_util.tree_map_with_path(tables, tree, is_leaf=_is_slices)
+        selected = jax.tree_util.tree_map_with_path(tables, tree, is_leaf=is_slices)
         origin = "tables(path, leaf) must return a bool"
     else:
         selected = _broadcast(tables, tree)
@@ -48,11 +47,11 @@ def select_tables(tables: Tables, tree: PyTree) -> PyTree:
             _check_table(_name(path), leaf)
         return bool(choice)
 
-    return jax.tree_util.tree_map_with_path(check, tree, selected, is_leaf=_is_slices)
+    return jax.tree_util.tree_map_with_path(check, tree, selected, is_leaf=is_slices)
 
 
 def _broadcast(prefix: PyTree, tree: PyTree) -> PyTree:
-    leaves = jax.tree.map(lambda _: True, tree, is_leaf=_is_slices)
+    leaves = jax.tree.map(lambda _: True, tree, is_leaf=is_slices)
     try:
         return jax.tree.broadcast(prefix, leaves)
     except ValueError as error:
@@ -63,7 +62,7 @@ def _broadcast(prefix: PyTree, tree: PyTree) -> PyTree:
 
 
 def _check_table(name: str, leaf: Leaf) -> None:
-    if _is_slices(leaf):
+    if is_slices(leaf):
         return
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.inexact):
@@ -73,10 +72,6 @@ def _check_table(name: str, leaf: Leaf) -> None:
         )
     if leaf.ndim == 0:
         raise ValueError(f"tables selects {name}, which must have rows, got a scalar")
-
-
-def _is_slices(leaf: object) -> bool:
-    return isinstance(leaf, IndexedSlices)
 
 
 def _name(path: KeyPath) -> str:

@@ -6,3 +6,6 @@ from typing import Any, TypeAlias
 
 PyTree: TypeAlias = Any
 """Any pytree: nested containers of arrays, a single array included."""
+
+Leaf: TypeAlias = Any
+"""What stands in a tree: an array, its shape, a gradient held as rows, or what else users put."""

@@ -10,12 +10,16 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 
 from jaxaccum._rows.modules import find_library, holds_equinox, is_nnx_module
+from jaxaccum._rows.tree import Leaf, PyTree
+
+Module: TypeAlias = Any
+"""A module of Equinox or of Flax's nnx, libraries that are not imported here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,10 +33,10 @@ class SplitModule:
       write_state: puts that into the module of the caller.
     """
 
-    arrays: Any
-    rebuild: Callable[[Any], Any]
-    read_state: Callable[[Any], Any] = lambda module: None
-    write_state: Callable[[Any], None] = lambda state: None
+    arrays: PyTree
+    rebuild: Callable[[PyTree], Module]
+    read_state: Callable[[Module], PyTree] = lambda module: None
+    write_state: Callable[[PyTree], None] = lambda state: None
 
 
 def argument_position(number: Any) -> int:
@@ -40,7 +44,7 @@ def argument_position(number: Any) -> int:
     return operator.index(getattr(number, "argnum", number))
 
 
-def split_modules(args: Sequence[Any], numbers: Mapping[int, Any]) -> dict[int, SplitModule]:
+def split_modules(args: Sequence[PyTree], numbers: Mapping[int, object]) -> dict[int, SplitModule]:
     """Takes those arguments apart that are modules and hold more than inexact arrays.
 
     Args:
@@ -57,13 +61,13 @@ def split_modules(args: Sequence[Any], numbers: Mapping[int, Any]) -> dict[int, 
 
 
 def call_with_modules(
-    differentiate: Callable[..., Any],
-    fun: Callable[..., Any],
+    differentiate: Callable[..., Callable[..., tuple[PyTree, PyTree]]],
+    fun: Callable[..., PyTree],
     has_aux: bool,
-    args: Sequence[Any],
+    args: Sequence[PyTree],
     modules: Mapping[int, SplitModule],
-    **kwargs: Any,
-) -> tuple[Any, Any]:
+    **kwargs: object,
+) -> tuple[PyTree, PyTree]:
     """Calls ``differentiate`` of ``fun``, which sees modules, on the arrays these are made of.
 
     Args:
@@ -75,7 +79,7 @@ def call_with_modules(
       **kwargs: for ``fun``.
     """
 
-    def fun_of_arrays(*arrays: Any, **kwargs: Any) -> Any:
+    def fun_of_arrays(*arrays: PyTree, **kwargs: object) -> tuple[PyTree, PyTree]:
         full = list(arrays)
         for position, module in modules.items():
             full[position] = module.rebuild(arrays[position])
@@ -90,21 +94,21 @@ def call_with_modules(
     return ((value, aux) if has_aux else value), grads
 
 
-def _is_inexact_tree(tree: Any) -> bool:
+def _is_inexact_tree(tree: PyTree) -> bool:
     return all(map(_is_inexact_array, jax.tree.leaves(tree)))
 
 
-def _is_inexact_array(leaf: Any) -> bool:
+def _is_inexact_array(leaf: Leaf) -> bool:
     return hasattr(leaf, "dtype") and bool(jnp.issubdtype(leaf.dtype, jnp.inexact))
 
 
-def _split_equinox(module: Any) -> SplitModule:
+def _split_equinox(module: Module) -> SplitModule:
     eqx: Any = find_library("equinox")
     arrays, others = eqx.partition(module, eqx.is_inexact_array)
     return SplitModule(arrays, lambda arrays: eqx.combine(arrays, others))
 
 
-def _split_nnx(module: Any, number: Any) -> SplitModule:
+def _split_nnx(module: Module, number: object) -> SplitModule:
     nnx: Any = find_library("flax.nnx")
     chosen = getattr(number, "filter", nnx.Param)
     graph, arrays, others = nnx.split(module, chosen, ...)

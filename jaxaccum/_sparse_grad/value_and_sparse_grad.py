@@ -15,7 +15,8 @@ from jax.extend import core
 
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.tables import KeyPath, Tables, select_tables
-from jaxaccum._rows.tree import PyTree
+from jaxaccum._rows.tree import Leaf, PyTree
+from jaxaccum._rows.unique_rows import is_slices
 from jaxaccum._sparse_grad.evaluate import evaluate
 from jaxaccum._sparse_grad.jaxpr import AnyJaxpr, Cause, get_varying_axes, open_jaxpr
 from jaxaccum._sparse_grad.module_arguments import (
@@ -238,13 +239,13 @@ def _tie_to_loss(value: jax.Array, grads: PyTree) -> PyTree:
     """
     varying = get_varying_axes(jax.typeof(value))
 
-    def tie(grad: jax.Array | IndexedSlices) -> jax.Array | IndexedSlices:
+    def tie(grad: Leaf) -> Leaf:
         # What is alike on all devices must not come to depend on a loss that is not.
-        if not isinstance(grad, IndexedSlices):
+        if not is_slices(grad):
             return grad
         if not varying <= get_varying_axes(jax.typeof(grad.indices)):
             return grad
         last = jnp.maximum(grad.indices, value.astype(jnp.int32))
         return dataclasses.replace(grad, indices=jnp.minimum(grad.indices, last))
 
-    return jax.tree.map(tie, grads, is_leaf=lambda grad: isinstance(grad, IndexedSlices))
+    return jax.tree.map(tie, grads, is_leaf=is_slices)

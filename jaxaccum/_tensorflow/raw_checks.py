@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from jaxaccum._coordinator.arguments import brackets
 from jaxaccum._coordinator.errors import InvalidArgumentError
 from jaxaccum._rows.indexed_slices import check_host_indices
 
+# What users give for a tensor.
+Array: TypeAlias = ArrayLike | Sequence[Any]
 
-def integers(name: str, value: Any) -> None:
+
+def integers(name: str, value: Array) -> None:
     """Raises ``TypeError`` unless ``value`` holds integers."""
     dtype = value.dtype if isinstance(value, jax.Array) else np.asarray(value).dtype
     if np.size(value) and not (
@@ -31,8 +36,8 @@ def fit_int32(indices: np.ndarray) -> None:
         raise InvalidArgumentError(str(error)) from None
 
 
-def add(a_ids: Any, a_vals: Any, a_shape: Any, b_ids: Any, b_vals: Any, b_shape: Any,
-        thresh: Any) -> None:  # fmt: skip
+def add(a_ids: Array, a_vals: Array, a_shape: Array, b_ids: Array, b_vals: Array, b_shape: Array,
+        thresh: Array) -> None:  # fmt: skip
     """Checks the arguments of SparseAdd."""
     (ai, bi), (av, bv) = _shapes(a_ids, b_ids), _shapes(a_vals, b_vals)
     (sa, sb), (st,) = _shapes(a_shape, b_shape), _shapes(thresh)
@@ -69,7 +74,7 @@ def add(a_ids: Any, a_vals: Any, a_shape: Any, b_ids: Any, b_vals: Any, b_shape:
     _require(st == (), f"The magnitude threshold must be a scalar: got shape {brackets(st)}")
 
 
-def add_grad(grad: Any, a_indices: Any, b_indices: Any, sum_indices: Any) -> None:
+def add_grad(grad: Array, a_indices: Array, b_indices: Array, sum_indices: Array) -> None:
     """Checks the arguments of SparseAddGrad."""
     (g,), (a, b, s) = _shapes(grad), _shapes(a_indices, b_indices, sum_indices)
     _require(
@@ -87,7 +92,7 @@ def add_grad(grad: Any, a_indices: Any, b_indices: Any, sum_indices: Any) -> Non
     _same_count("sum_indices", g, s)
 
 
-def slice_(indices: Any, values: Any, shape: Any, start: Any, size: Any) -> None:
+def slice_(indices: Array, values: Array, shape: Array, start: Array, size: Array) -> None:
     """Checks the arguments of SparseSlice."""
     (i, v, d), (st, sz) = _shapes(indices, values, shape), _shapes(start, size)
     _require(len(i) == 2, f"Sparse indices must be rank 2 but is rank {len(i)}")
@@ -116,7 +121,9 @@ def slice_(indices: Any, values: Any, shape: Any, start: Any, size: Any) -> None
         _require(extent >= 0, f"Expected a non-negative size, got {extent}")
 
 
-def slice_grad(grad: Any, input_indices: Any, input_start: Any, output_indices: Any) -> None:
+def slice_grad(
+    grad: Array, input_indices: Array, input_start: Array, output_indices: Array
+) -> None:
     """Checks the arguments of SparseSliceGrad."""
     (g, st), (i, o) = _shapes(grad, input_start), _shapes(input_indices, output_indices)
     _require(
@@ -141,7 +148,7 @@ def slice_grad(grad: Any, input_indices: Any, input_start: Any, output_indices: 
     )
 
 
-def _shapes(*arrays: Any) -> list[tuple[int, ...]]:
+def _shapes(*arrays: Array) -> list[tuple[int, ...]]:
     _require(
         not any(isinstance(array, np.ma.MaskedArray) for array in arrays),
         "Masked arrays are not accepted: fill them (numpy.ma.filled) or leave entries out",
