@@ -20,7 +20,8 @@ import optax
 
 import jaxaccum
 from jaxaccum._accumulator import reduction
-from jaxaccum._rows import unique_rows
+from jaxaccum._distributed import exchange
+from jaxaccum._rows import cpu_workarounds, unique_rows
 
 ROWS, WIDTH = harness.scaled(1_000_000), 64
 IDS, HELD = harness.scaled(16_384), harness.scaled(400_000)
@@ -67,21 +68,54 @@ def take_sums() -> Step:
     return lambda: take(state)
 
 
-# What is run, where the detour is looked up, and what stands in its place without it.
-CASES: dict[str, tuple[Callable[[], Step], Any]] = {
-    f"lazy_rows(adam), {IDS:,} ids": (lazy_step(optax.adam(1e-3)), unique_rows),
+def add_parts() -> Step:
+    """The sums of eight devices, as `all_merge` writes them."""
+    rng = np.random.default_rng(0)
+    sent, held = IDS // 4, IDS
+    slots = [rng.choice(held, sent, replace=False) for _ in range(8)]
+    slices = jnp.asarray(rng.standard_normal((8, sent, WIDTH), np.float32))
+    # Looked up in its module when it is traced, so that it can be replaced.
+    return donated(
+        lambda *args: exchange.add_in_turn(*args),
+        jnp.zeros((held, WIDTH)),
+        jnp.asarray(np.stack(slots), jnp.int32),
+        slices,
+    )
+
+
+def leave(rows: jax.Array, indices: jax.Array) -> jax.Array:
+    del indices
+    return rows
+
+
+# What is run, where the detour is looked up, its name, and what stands in its place without it.
+CASES: dict[str, tuple[Callable[[], Step], Any, str, Callable[..., jax.Array]]] = {
+    f"lazy_rows(adam), {IDS:,} ids": (
+        lazy_step(optax.adam(1e-3)),
+        unique_rows,
+        "compute_with",
+        leave,
+    ),
     f"lazy_rows(sgd with momentum), {IDS:,} ids": (
         lazy_step(optax.sgd(1e-3, momentum=0.9)),
         unique_rows,
+        "compute_with",
+        leave,
     ),
-    f"take of {HELD:,} rows, reduction sum": (take_sums, reduction),
+    f"take of {HELD:,} rows, reduction sum": (take_sums, reduction, "compute_with", leave),
+    f"all_merge's sums of 8 x {IDS // 4:,} rows": (
+        add_parts,
+        exchange,
+        "add_in_turn",
+        cpu_workarounds.add_part_after_part,
+    ),
 }
 
 
 def main() -> None:
     rows = []
-    for name, (make, module) in CASES.items():
-        with mock.patch.object(module, "compute_with", lambda rows, indices: rows):
+    for name, (make, module, detour, plain) in CASES.items():
+        with mock.patch.object(module, detour, plain):
             jax.clear_caches()
             without = make()
         jax.clear_caches()
@@ -89,7 +123,8 @@ def main() -> None:
         ms = harness.interleaved_ms(steps, repeats=15, in_a_row=3)
         rows.append(
             {
-                "compute_with in": name,
+                "detour": detour,
+                "in": name,
                 "with ms": ms["with"],
                 "without ms": ms["without"],
                 "gain": ms["without"] / ms["with"],

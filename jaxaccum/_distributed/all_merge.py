@@ -77,15 +77,15 @@ def all_merge(
     ids = jnp.where(merged, union.rows.ids, NOWHERE)
     rows = union.rows._replace(slot=jnp.where(merged, union.rows.slot, NOWHERE))
     row_index, _ = state.row_index.drain(state.indices, jnp.where(merged, state.num_rows, 0))
-    # Slots are given in order of position: each row gets the place it stands at.
+    # Slots are given in order of position: each row gets the slot it stands at.
     row_index, claim = row_index.claim(ids, jnp.int32(0), state.capacity)
     padding = padding_index(state.dense_shape)
     indices = jnp.where(merged, padding, state.indices)
     return dataclasses.replace(
-        _counted(state, union),
+        _count_all(state, union),
         indices=indices.at[claim.slot].set(ids, mode="drop"),
-        values=rows.sums_into(state.values, rows.values),
-        counts=rows.sums_into(jnp.where(merged, 0, state.counts), rows.counts),
+        values=rows.write_sums(state.values, rows.values),
+        counts=rows.write_sums(jnp.where(merged, 0, state.counts), rows.counts),
         num_rows=jnp.where(merged, rows.num_rows, state.num_rows),
         num_accumulated=jnp.where(merged, union.num_accumulated, state.num_accumulated),
         num_shared=jnp.where(merged, union.num_accumulated, state.num_shared),
@@ -142,8 +142,8 @@ def all_take(
     union = exchange_union(state, axis_name, max_rows, exchange)
     merged = union.verdict == Verdict.ACCEPTED
     ready = merged & is_enough(union.num_accumulated, required)
-    grad = _gradient(state, union, ready)
-    counted = _counted(state, union)
+    grad = _make_gradient(state, union, ready)
+    counted = _count_all(state, union)
     emptied, _ = take_if(state, ready)
     return (
         dataclasses.replace(
@@ -161,12 +161,12 @@ def all_take(
     )
 
 
-def _gradient(state: AccumulatorState, union: Union, ready: jax.Array) -> IndexedSlices:
+def _make_gradient(state: AccumulatorState, union: Union, ready: jax.Array) -> IndexedSlices:
     """The reduced rows of all devices, all padding unless ``ready``."""
     rows = union.rows
     empty = jnp.zeros((rows.ids.shape[0], *state.values.shape[1:]), state.values.dtype)
-    sums = rows.sums_into(empty, rows.values)
-    counts = rows.sums_into(jnp.ones_like(rows.ids), rows.counts)
+    sums = rows.write_sums(empty, rows.values)
+    counts = rows.write_sums(jnp.ones_like(rows.ids), rows.counts)
     means = reduce_sums(sums, counts, union.num_accumulated, state.reduction)
     is_row = ready & (rows.ids != NOWHERE)
     return IndexedSlices(
@@ -176,7 +176,7 @@ def _gradient(state: AccumulatorState, union: Union, ready: jax.Array) -> Indexe
     )
 
 
-def _counted(state: AccumulatorState, union: Union) -> AccumulatorState:
+def _count_all(state: AccumulatorState, union: Union) -> AccumulatorState:
     """Takes over the counts of all; or counts the verdict, which all devices have in common."""
     merged = union.verdict == Verdict.ACCEPTED
     ours = count_verdict(state.verdict_counts, union.verdict)

@@ -19,14 +19,15 @@ import numpy as np
 from jaxaccum._accumulator.counters import saturating_add, saturating_sum
 from jaxaccum._accumulator.row_index import NOWHERE
 from jaxaccum._accumulator.state import AccumulatorState, Verdict
+from jaxaccum._rows.cpu_workarounds import add_in_turn
 from jaxaccum._rows.prefix_sums import as_words, count_before, rank_in_words
 
 AxisName = Hashable | tuple[Hashable, ...]
 Exchange = Literal["rows", "dense"]
 
 
-class Rows(NamedTuple):
-    """Rows of all devices, and the place of each among the distinct ones.
+class UnionRows(NamedTuple):
+    """The rows that devices hold, each device's own, and the distinct ones among them.
 
     Attributes:
       ids: int32 ``[m]``, the distinct rows, ascending, NOWHERE last.
@@ -43,7 +44,7 @@ class Rows(NamedTuple):
     values: jax.Array
     counts: jax.Array
 
-    def sums_into(self, base: jax.Array, slices: jax.Array) -> jax.Array:
+    def write_sums(self, base: jax.Array, slices: jax.Array) -> jax.Array:
         """Writes the sums of ``slices [n, k, ...]`` over the first rows of ``base [>= m, ...]``.
 
         They add up in the order of devices, on every backend and every device.
@@ -56,22 +57,7 @@ class Rows(NamedTuple):
         is_first = first.at[self.slot].get(mode="fill", fill_value=num_devices) == device
         sums = base.at[jnp.where(is_first, self.slot, NOWHERE)].set(slices, mode="drop")
         rest = jnp.where(is_first, NOWHERE, self.slot)
-        return jax.lax.platform_dependent(sums, rest, slices, cpu=_add_all, default=_add_in_turn)
-
-
-def _add_all(sums: jax.Array, slot: jax.Array, slices: jax.Array) -> jax.Array:
-    # A CPU takes the updates of a scatter one by one.
-    return sums.at[slot].add(slices, mode="drop")
-
-
-def _add_in_turn(sums: jax.Array, slot: jax.Array, slices: jax.Array) -> jax.Array:
-    # Elsewhere they go in an order of their own, each time another; with one scatter a device the
-    # slots are distinct, and there is no order. On a CPU that takes half as long again, for it
-    # copies each device's slices first.
-    def add(sums: jax.Array, part: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, None]:
-        return sums.at[part[0]].add(part[1], mode="drop"), None
-
-    return jax.lax.scan(add, sums, (slot, slices))[0]
+        return add_in_turn(sums, rest, slices)
 
 
 class Union(NamedTuple):
@@ -85,7 +71,7 @@ class Union(NamedTuple):
       verdict: int32 ``[]``, ACCEPTED, OVERFLOW or INVALID.
     """
 
-    rows: Rows
+    rows: UnionRows
     num_accumulated: jax.Array
     global_step: jax.Array
     verdict_counts: jax.Array
@@ -123,8 +109,8 @@ def exchange_union(
 ) -> Union:
     """Exchanges what all devices hold; where this raises, nothing has been exchanged."""
     num_devices = axis_size(axis_name)
-    max_rows = _checked_max_rows(state, max_rows)
-    if _checked_exchange(state, num_devices, max_rows, exchange) == "dense":
+    max_rows = _read_max_rows(state, max_rows)
+    if _choose_exchange(state, num_devices, max_rows, exchange) == "dense":
         tally, rows = _exchange_dense(state, axis_name, num_devices)
         too_many = jnp.bool_(False)
     else:
@@ -150,7 +136,7 @@ def exchange_union(
 
 def _exchange_rows(
     state: AccumulatorState, axis_name: AxisName, max_rows: int
-) -> tuple[_Tally, Rows]:
+) -> tuple[_Tally, UnionRows]:
     """Every device gets the first ``max_rows`` rows of all devices and sums them."""
     held = [state.indices[:max_rows], state.counts[:max_rows], _Tally.pack(state)]
     indices, counts, packed = jnp.split(
@@ -160,54 +146,54 @@ def _exchange_rows(
     tally = _Tally.unpack(packed)
     is_held = jnp.arange(max_rows, dtype=jnp.int32)[None, :] < tally.num_rows[:, None]
     ids = jnp.where(is_held, indices, NOWHERE)
-    size, rows = min(state.capacity, ids.size), state.dense_shape[0]
-    if rows is not None and rows <= _BITMAP_ROWS_PER_ID * ids.size:
-        slot, num_distinct = _ranks_in_bitmap(ids, rows)
+    size, length = min(state.capacity, ids.size), state.dense_shape[0]
+    if length is not None and length <= _BITMAP_ROWS_PER_ID * ids.size:
+        slot, num_distinct = _rank_in_bitmap(ids, length)
         slot = jnp.where(slot < size, slot, NOWHERE)
         distinct = jnp.full(size, NOWHERE, jnp.int32).at[slot].set(ids, mode="drop")
     else:
-        distinct, num_distinct = distinct_ids(ids.reshape(-1), size)
+        distinct, num_distinct = find_distinct(ids.reshape(-1), size)
         slot = jnp.searchsorted(distinct, ids).astype(jnp.int32)
         is_in = is_held & (distinct.at[slot].get(mode="fill", fill_value=NOWHERE) == ids)
         slot = jnp.where(is_in, slot, NOWHERE)
-    return tally, Rows(distinct, num_distinct, slot, values, counts)
+    return tally, UnionRows(distinct, num_distinct, slot, values, counts)
 
 
 # On a CPU, sorting ids and looking them up takes about 50 ns each, a bitmap about 0.3 ns a row.
 _BITMAP_ROWS_PER_ID = 128
 
 
-def _ranks_in_bitmap(ids: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+def _rank_in_bitmap(ids: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:
     """How many distinct ids lie below each, NOWHERE for NOWHERE; and how many there are in all."""
-    num_words = max(-(-rows // 32), 1)
+    num_words = max(-(-length // 32), 1)
     is_held = jnp.zeros(32 * num_words, bool).at[ids].set(True, mode="drop")
     words = as_words(is_held)
     num_held = jnp.sum(jax.lax.population_count(words), dtype=jnp.int32)
     return jnp.where(ids == NOWHERE, NOWHERE, rank_in_words(words, ids)), num_held
 
 
-def distinct_ids(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+def find_distinct(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """The lowest ``size`` distinct ids, ascending, NOWHERE last; and how many there are in all."""
     ids = jnp.sort(ids)
     is_first = (ids != NOWHERE) & jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]])
     before = count_before(is_first)
     rank, num_distinct = before[:-1], before[-1]
     empty = jnp.full(size, NOWHERE, jnp.int32)
-    place = jnp.where(is_first, rank, NOWHERE)
-    return empty.at[place].set(ids, mode="drop"), num_distinct
+    slot = jnp.where(is_first, rank, NOWHERE)
+    return empty.at[slot].set(ids, mode="drop"), num_distinct
 
 
 def _exchange_dense(
     state: AccumulatorState, axis_name: AxisName, num_devices: int
-) -> tuple[_Tally, Rows]:
+) -> tuple[_Tally, UnionRows]:
     """Every device sums its share of the table over all devices, and gathers all shares."""
     tally = _Tally.unpack(all_gather(_Tally.pack(state), axis_name))
     slot = jnp.arange(state.capacity, dtype=jnp.int32)
     ids = jnp.where(slot < state.num_rows, state.indices, NOWHERE)
-    rows = state.dense_shape[0] or 0
-    share = -(-rows // num_devices)
+    length = state.dense_shape[0] or 0  # of the table
+    share = -(-length // num_devices)
 
-    def total(held: jax.Array) -> jax.Array:
+    def sum_over_devices(held: jax.Array) -> jax.Array:
         row = held.shape[1:]
         dense = jnp.zeros((num_devices * share, *row), held.dtype)
         dense = dense.at[ids].set(held, mode="drop").reshape(num_devices, share, *row)
@@ -215,15 +201,20 @@ def _exchange_dense(
         sums = jax.lax.reduce(parts, np.zeros((), held.dtype), jax.lax.add, (0,))
         return all_gather(sums, axis_name).reshape(num_devices * share, *row)
 
-    values, counts = total(state.values), total(state.counts)
+    values, counts = sum_over_devices(state.values), sum_over_devices(state.counts)
     is_row = counts > 0
     before = count_before(is_row)
     slot, num_rows = before[:-1], before[-1]
-    size = min(state.capacity, rows)
+    size = min(state.capacity, length)
     slot = jnp.where(is_row & (slot < size), slot, NOWHERE)
     every_row = jnp.arange(num_devices * share, dtype=jnp.int32)
     distinct = jnp.full(size, NOWHERE, jnp.int32).at[slot].set(every_row, mode="drop")
-    return tally, Rows(distinct, num_rows, slot[None], values[None], counts[None])
+    return tally, UnionRows(distinct, num_rows, slot[None], values[None], counts[None])
+
+
+def as_names(axis_name: AxisName) -> tuple[Hashable, ...]:
+    """Returns the axes that ``axis_name`` names, one or several."""
+    return axis_name if isinstance(axis_name, tuple) else (axis_name,)
 
 
 def axis_size(axis_name: AxisName) -> int:
@@ -244,8 +235,7 @@ def axis_size(axis_name: AxisName) -> int:
 
 def all_gather(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """``x`` of all devices along the axis, ``[n, *x.shape]``, known to be alike on all of them."""
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
-    is_manual = set(names) <= set(jax.sharding.get_abstract_mesh().manual_axes)
+    is_manual = set(as_names(axis_name)) <= set(jax.sharding.get_abstract_mesh().manual_axes)
     # A vmapped axis knows nothing of what varies over a mesh.
     return jax.lax.all_gather(x, axis_name, to="invarying" if is_manual else "varying")
 
@@ -255,7 +245,7 @@ def all_to_all(x: jax.Array, axis_name: AxisName) -> jax.Array:
     return jax.lax.all_to_all(x, axis_name, 0, 0)  # type: ignore[no-untyped-call]
 
 
-def _checked_max_rows(state: AccumulatorState, max_rows: int | None) -> int:
+def _read_max_rows(state: AccumulatorState, max_rows: int | None) -> int:
     if max_rows is None:
         return state.capacity
     max_rows = operator.index(max_rows)
@@ -266,23 +256,23 @@ def _checked_max_rows(state: AccumulatorState, max_rows: int | None) -> int:
     return max_rows
 
 
-def _checked_exchange(
+def _choose_exchange(
     state: AccumulatorState, num_devices: int, max_rows: int, exchange: Exchange | None
 ) -> Exchange:
     """``exchange``, or what moves fewer bytes."""
-    rows = state.dense_shape[0]
+    length = state.dense_shape[0]
     if exchange not in (None, *get_args(Exchange)):
         raise ValueError(f"exchange must be one of {get_args(Exchange)} or None, got {exchange!r}")
-    if exchange == "dense" and rows is None:
+    if exchange == "dense" and length is None:
         raise ValueError(
             f"exchange must be 'rows' where the row count is unknown, got 'dense' for dense_shape "
             f"{state.dense_shape}"
         )
-    if exchange is not None or rows is None:
+    if exchange is not None or length is None:
         return exchange or "rows"
     # Received by each device, in units of (n - 1) / n: all rows of the others; or its share of
     # the table from each of them, and the sums of all their shares.
     row_bytes = state.values.dtype.itemsize * math.prod(state.values.shape[1:])
     sent_as_rows = num_devices * max_rows * (row_bytes + 8)
-    sent_dense = 2 * rows * (row_bytes + 4)
+    sent_dense = 2 * length * (row_bytes + 4)
     return "dense" if sent_dense < sent_as_rows else "rows"

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxaccum._accumulator.state import AccumulatorState, Reduction, init
-from jaxaccum._distributed.exchange import AxisName
+from jaxaccum._distributed.exchange import AxisName, as_names
 from jaxaccum._rows.indexed_slices import canonical_shape
 from jaxaccum._rows.tables import KeyPath, Tables, select_tables
 from jaxaccum._rows.tree import PyTree
@@ -50,7 +50,7 @@ def replicate(state: AccumulatorState, mesh: Mesh, axis_name: AxisName) -> Accum
       >>> states.values.shape[1:]
       (8, 2)
     """
-    num_devices = _num_devices(mesh, axis_name)
+    num_devices = _count_devices(mesh, axis_name)
     _check_alike(
         f"state of capacity {state.capacity}, dense_shape {state.dense_shape}, dtype "
         f"{state.dtype}, accumulator_dtype {state.values.dtype}, reduction {state.reduction}"
@@ -60,15 +60,15 @@ def replicate(state: AccumulatorState, mesh: Mesh, axis_name: AxisName) -> Accum
             f"state must hold no gradients to be copied, got num_accumulated "
             f"{state.num_accumulated}"
         )
-    sharding = NamedSharding(mesh, _spec(axis_name))
+    sharding = NamedSharding(mesh, _make_spec(axis_name))
     state = dataclasses.replace(state, shared_verdicts=state.verdict_counts)
 
-    def copied(leaf: jax.Array) -> jax.Array:
+    def copy(leaf: jax.Array) -> jax.Array:
         host = np.asarray(leaf)[None]
         shape = (num_devices, *leaf.shape)
         return jax.make_array_from_callback(shape, sharding, lambda _: host)
 
-    return jax.tree.map(copied, state)
+    return jax.tree.map(copy, state)
 
 
 def shard_init(
@@ -113,7 +113,7 @@ def shard_init(
     rows, *row = canonical_shape(dense_shape)
     if rows is None:
         raise ValueError(f"dense_shape must have a known row count, got {dense_shape}")
-    shard = _shard_length(rows, mesh, axis_name, "dense_shape")
+    shard = _divide_rows(rows, mesh, axis_name, "dense_shape")
     state = init(
         (shard, *row),
         dtype,
@@ -156,21 +156,21 @@ def shard_rows(
       (4, 2)
     """
     specs = shard_specs(tree, axis_name, tables=tables, params=params)
-    _num_devices(mesh, axis_name)
+    _count_devices(mesh, axis_name)
     shapes = [f"{jnp.result_type(leaf)}{list(np.shape(leaf))}" for leaf in jax.tree.leaves(tree)]
     _check_alike(f"tree of {', '.join(shapes)}")
 
-    def placed(path: KeyPath, leaf: ArrayLike, spec: PartitionSpec) -> jax.Array:
+    def put(path: KeyPath, leaf: ArrayLike, spec: PartitionSpec) -> jax.Array:
         if len(spec):
             name = f"tree{jax.tree_util.keystr(path)}"
-            _shard_length(np.shape(leaf)[0], mesh, axis_name, name)
+            _divide_rows(np.shape(leaf)[0], mesh, axis_name, name)
         sharding = NamedSharding(mesh, spec)
         if sharding.is_fully_addressable:
             return jax.device_put(leaf, sharding)
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree_util.tree_map_with_path(placed, tree, specs)
+    return jax.tree_util.tree_map_with_path(put, tree, specs)
 
 
 def shard_specs(
@@ -209,16 +209,16 @@ def shard_specs(
       >>> jaxaccum.shard_specs(state, "rows", tables=tables, params=params).trace
       {'rates': P(), 'table': P('rows',)}
     """
-    owners = _owners(tree if params is None else params, tables)
+    owners = _find_owners(tree if params is None else params, tables)
 
     def spec(path: KeyPath, leaf: PyTree) -> PyTree:
         if isinstance(leaf, AccumulatorState):
             axes = (axis_name,) if leaf.num_rows.ndim else ()
-            return jax.tree.map(lambda _: _spec(*axes), leaf)
+            return jax.tree.map(lambda _: _make_spec(*axes), leaf)
         starts = (path[start:] for start in range(len(path) + 1))
         rows = next((owners[end] for end in starts if end in owners), None)
         by_row = rows is not None and np.shape(leaf)[:1] == (rows,)
-        return _spec(axis_name) if by_row else _spec()
+        return _make_spec(axis_name) if by_row else _make_spec()
 
     return jax.tree_util.tree_map_with_path(spec, tree, is_leaf=_is_accumulator)
 
@@ -256,7 +256,7 @@ def drop_device_axis(fun: Callable[..., Result]) -> Callable[..., Result]:
       Array(2, dtype=int32)
     """
 
-    def dropped(node: PyTree) -> PyTree:
+    def drop(node: PyTree) -> PyTree:
         if not _is_accumulator(node):
             return node
         if node.num_rows.shape != (1,):
@@ -272,13 +272,13 @@ def drop_device_axis(fun: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(fun)
     def mapped(*args: PyTree) -> Result:
-        results = fun(*jax.tree.map(dropped, args, is_leaf=_is_accumulator))
+        results = fun(*jax.tree.map(drop, args, is_leaf=_is_accumulator))
         return cast("Result", jax.tree.map(put_back, results, is_leaf=_is_accumulator))
 
     return mapped
 
 
-def _owners(params: PyTree, tables: Tables) -> dict[KeyPath, int | None]:
+def _find_owners(params: PyTree, tables: Tables) -> dict[KeyPath, int | None]:
     """The key path of every leaf of the params, with the rows of those that are tables."""
     selected = jax.tree.leaves(select_tables(tables, params))
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -292,20 +292,20 @@ def _is_accumulator(node: object) -> bool:
     return isinstance(node, AccumulatorState)
 
 
-def _spec(*axes: AxisName) -> PartitionSpec:
+def _make_spec(*axes: AxisName) -> PartitionSpec:
     return PartitionSpec(*axes)  # type: ignore[no-untyped-call]
 
 
-def _num_devices(mesh: Mesh, axis_name: AxisName) -> int:
-    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+def _count_devices(mesh: Mesh, axis_name: AxisName) -> int:
+    names = as_names(axis_name)
     missing = [name for name in names if name not in mesh.shape]
     if missing:
         raise ValueError(f"axis_name must be of the mesh's {mesh.axis_names}, got {axis_name!r}")
     return int(np.prod([mesh.shape[name] for name in names]))
 
 
-def _shard_length(rows: int, mesh: Mesh, axis_name: AxisName, argument: str) -> int:
-    num_devices = _num_devices(mesh, axis_name)
+def _divide_rows(rows: int, mesh: Mesh, axis_name: AxisName, argument: str) -> int:
+    num_devices = _count_devices(mesh, axis_name)
     if rows % num_devices:
         more = -rows % num_devices
         raise ValueError(

@@ -26,7 +26,7 @@ from jaxaccum._distributed.exchange import (
     all_gather,
     all_to_all,
     axis_size,
-    distinct_ids,
+    find_distinct,
 )
 from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices, padding_index
 from jaxaccum._rows.prefix_sums import count_before
@@ -46,8 +46,8 @@ def all_apply(
     To the shards together it is as if `apply` had seen the gradients of all devices one after the
     other. All shards count the same gradients and verdicts; `take` is then ready on all or none,
     and gives each the rows it owns, by local ids. A gradient that is STALE or INVALID is refused by
-    itself. OVERFLOW, however, refuses the gradients of all devices: a shard has not enough room for
-    its part of them, or a device has more than ``bucket`` distinct rows for one owner.
+    itself. OVERFLOW, however, refuses the gradients of all devices: a shard has too few slots
+    left for its part of them, or a device has more than ``bucket`` distinct rows for one owner.
 
     Args:
       state: the accumulator of this device's shard, of ``[rows / n, *row]``, from `shard_init`.
@@ -79,7 +79,7 @@ def all_apply(
       Array(True, dtype=bool)
     """
     num_devices = axis_size(axis_name)
-    shard_length = _known_rows(state)
+    shard_length = _get_length(state)
     rows = shard_length * num_devices
     whole = (rows, *state.dense_shape[1:])
     grad = as_device_slices(grad)
@@ -91,16 +91,16 @@ def all_apply(
     verdict = jnp.where(is_invalid, jnp.int32(Verdict.INVALID), jnp.int32(Verdict.ACCEPTED))
     verdict = jnp.where(is_stale, jnp.int32(Verdict.STALE), verdict)
 
-    routed = _router(shard_length, num_devices, bucket, ids.shape[0])
-    route, values = routed(ids), grad.values
+    route_ids = _make_router(shard_length, num_devices, bucket, ids.shape[0])
+    route, values = route_ids(ids), grad.values
     if route.source.shape[1] < ids.shape[0]:
         # Where nothing can overflow, nobody waits for a sort, and 16 bits travel as 16 bits.
         values = values.astype(state.values.dtype)
         route, values = jax.lax.cond(
-            route.fits, lambda: (route, values), lambda: _sums_routed(routed, ids, values, whole)
+            route.fits, lambda: (route, values), lambda: _route_sums(route_ids, ids, values, whole)
         )
-    ids = _delivered(route, route.local_ids, NOWHERE, axis_name)
-    values = _delivered(route, values, 0, axis_name)
+    ids = _deliver(route, route.local_ids, NOWHERE, axis_name)
+    values = _deliver(route, values, 0, axis_name)
     state, all_fit = _add_parts(state, ids, values, route.fits, axis_name)
 
     refused = jnp.where(all_fit, jnp.int32(Verdict.ACCEPTED), jnp.int32(Verdict.OVERFLOW))
@@ -153,15 +153,15 @@ def all_lookup(
     asked = IndexedSlices(ids, jnp.zeros((jnp.shape(ids)[0], 0), jnp.float32), (rows, 0))
     asked = as_device_slices(asked)
     wanted, is_invalid = table_rows(asked, rows)
-    routed = _router(shard.shape[0], num_devices, bucket, wanted.shape[0])
-    route = routed(wanted)
+    route_ids = _make_router(shard.shape[0], num_devices, bucket, wanted.shape[0])
+    route = route_ids(wanted)
     if route.source.shape[1] < wanted.shape[0]:
-        route = jax.lax.cond(route.fits, lambda: route, lambda: _distinct_routed(routed, wanted))
-    found = shard.at[_delivered(route, route.local_ids, NOWHERE, axis_name)].get(
+        route = jax.lax.cond(route.fits, lambda: route, lambda: _route_distinct(route_ids, wanted))
+    found = shard.at[_deliver(route, route.local_ids, NOWHERE, axis_name)].get(
         mode="fill", fill_value=0
     )
     found = all_to_all(found, axis_name).reshape(-1, *shard.shape[1:])
-    found = found.at[route.place].get(mode="fill")  # with NaN
+    found = found.at[route.position].get(mode="fill")  # with NaN
     is_padding = expand_to_rows(asked.indices == rows, found)
     verdict = jnp.where(route.fits, jnp.int32(Verdict.ACCEPTED), jnp.int32(Verdict.OVERFLOW))
     return (
@@ -175,13 +175,13 @@ class _Route(NamedTuple):
 
     Attributes:
       local_ids: int32 ``[b]``, counted from the first row of the owner's shard.
-      place: int32 ``[b]``, position among ``[n * k]``; NOWHERE if skipped or one too many.
+      position: int32 ``[b]``, of each among ``[n * k]``; NOWHERE if skipped or one too many.
       source: int32 ``[n, k]``, which of the ids stands there; NOWHERE if none.
       fits: bool ``[]``, whether no owner has more than ``k``.
     """
 
     local_ids: jax.Array
-    place: jax.Array
+    position: jax.Array
     source: jax.Array
     fits: jax.Array
 
@@ -189,7 +189,7 @@ class _Route(NamedTuple):
 _Router = Callable[[jax.Array], _Route]
 
 
-def _router(shard_length: int, num_devices: int, bucket: int | None, num_ids: int) -> _Router:
+def _make_router(shard_length: int, num_devices: int, bucket: int | None, num_ids: int) -> _Router:
     """Makes the function that sends ids to the owners of their rows."""
     bucket = max(num_ids, 1) if bucket is None else operator.index(bucket)
     if bucket < 1:
@@ -202,36 +202,38 @@ def _route(shard_length: int, num_devices: int, bucket: int, ids: jax.Array) -> 
     is_owner = owner[None, :] == jnp.arange(num_devices, dtype=jnp.int32)[:, None]
     before = jax.vmap(count_before)(is_owner & (ids != NOWHERE)[None, :])
     rank = jnp.sum(jnp.where(is_owner, before[:, :-1], 0), axis=0, dtype=jnp.int32)
-    place = jnp.where((ids != NOWHERE) & (rank < bucket), owner * bucket + rank, NOWHERE)
-    position = jnp.arange(ids.shape[0], dtype=jnp.int32)
-    source = jnp.full(num_devices * bucket, NOWHERE, jnp.int32).at[place].set(position, mode="drop")
+    position = jnp.where((ids != NOWHERE) & (rank < bucket), owner * bucket + rank, NOWHERE)
+    order = jnp.arange(ids.shape[0], dtype=jnp.int32)
+    source = jnp.full(num_devices * bucket, NOWHERE, jnp.int32).at[position].set(order, mode="drop")
     return _Route(
         local_ids=ids - owner * shard_length,
-        place=place,
+        position=position,
         source=source.reshape(num_devices, bucket),
         fits=jnp.all(before[:, -1] <= bucket),
     )
 
 
-def _sums_routed(
-    routed: _Router, ids: jax.Array, values: jax.Array, whole: tuple[int | None, ...]
+def _route_sums(
+    route_ids: _Router, ids: jax.Array, values: jax.Array, whole: tuple[int | None, ...]
 ) -> tuple[_Route, jax.Array]:
     """Sums the slices of each row, and sends it once."""
     padding = padding_index(whole)
     unique = unique_rows(IndexedSlices(jnp.where(ids == NOWHERE, padding, ids), values, whole))
     ids = jnp.where(unique.indices == padding, NOWHERE, unique.indices)
-    return routed(ids), unique.values
+    return route_ids(ids), unique.values
 
 
-def _distinct_routed(routed: _Router, ids: jax.Array) -> _Route:
-    """Asks for each row once; all its repetitions find it at one place."""
-    distinct, _ = distinct_ids(ids, ids.shape[0])
-    route = routed(distinct)
-    place = route.place.at[jnp.searchsorted(distinct, ids)].get(mode="fill", fill_value=NOWHERE)
-    return route._replace(place=place)
+def _route_distinct(route_ids: _Router, ids: jax.Array) -> _Route:
+    """Asks for each row once; all its repetitions find the same answer."""
+    distinct, _ = find_distinct(ids, ids.shape[0])
+    route = route_ids(distinct)
+    position = route.position.at[jnp.searchsorted(distinct, ids)].get(
+        mode="fill", fill_value=NOWHERE
+    )
+    return route._replace(position=position)
 
 
-def _delivered(route: _Route, x: jax.Array, fill: int, axis_name: AxisName) -> jax.Array:
+def _deliver(route: _Route, x: jax.Array, fill: int, axis_name: AxisName) -> jax.Array:
     """What all devices send here of their ``x [b, ...]``: ``[n, k, ...]``."""
     if x.shape[0] == 0:  # nothing to gather from an empty array
         return jnp.full((*route.source.shape, *x.shape[1:]), fill, x.dtype)
@@ -242,15 +244,15 @@ def _add_parts(
     state: AccumulatorState,
     ids: jax.Array,
     values: jax.Array,
-    routed: jax.Array,
+    is_routed: jax.Array,
     axis_name: AxisName,
 ) -> tuple[AccumulatorState, jax.Array]:
     """Adds what each device has sent, ``[n, k]`` slices; on all shards or on none."""
     row_index = cast(DirectMap, state.row_index)  # as its row count is known
     row_index, claim = row_index.claim(ids.reshape(-1), state.num_rows, state.capacity)
-    refusals = all_gather(~(claim.fits & routed), axis_name)
+    refusals = all_gather(~(claim.fits & is_routed), axis_name)
     all_fit = ~jnp.any(refusals)
-    # Where another shard has no room, this one gives its new slots back.
+    # Where another shard overflows, this one gives its new slots back.
     new_ids = jnp.where(claim.is_first & ~all_fit, ids.reshape(-1), NOWHERE)
     state = dataclasses.replace(state, row_index=row_index.release(new_ids))
     slot = jnp.where(all_fit, claim.slot, NOWHERE).reshape(ids.shape)
@@ -267,7 +269,7 @@ def _add_parts(
     return jax.lax.scan(add, state, jax.tree.map(lambda x: x[1:], parts))[0], all_fit
 
 
-def _known_rows(state: AccumulatorState) -> int:
+def _get_length(state: AccumulatorState) -> int:
     rows = state.dense_shape[0]
     if rows is None:
         raise ValueError(

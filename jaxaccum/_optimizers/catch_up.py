@@ -156,7 +156,7 @@ class RestStep:
         return update.astype(jnp.float32), [row[0] for row in new_rows]
 
 
-def caught_up(
+def catch_up_rows(
     step: RestStep, rows: list[jax.Array], param: jax.Array, missed: jax.Array
 ) -> tuple[list[jax.Array], jax.Array]:
     """Returns state and parameters of rows, float32, as if they had taken ``missed`` steps more.

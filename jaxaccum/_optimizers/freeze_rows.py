@@ -23,7 +23,7 @@ def freeze_rows(rows: PyTree) -> optax.GradientTransformation:
 
     Chained before `lazy_rows` or `accumulate` it leaves these rows alone entirely: parameters,
     optimizer state, momentum, weight decay, and what ``catch_up`` would make up for. They take no
-    room in ``capacity`` either. For padding rows, and for rows that were trained before.
+    slots of ``capacity`` either. For padding rows, and for rows that were trained before.
 
     Args:
       rows: a tree like the params. For each leaf the numbers of its frozen rows (a list or an array
@@ -55,7 +55,7 @@ def freeze_rows(rows: PyTree) -> optax.GradientTransformation:
     optax = import_optax("freeze_rows")
 
     def init(params: PyTree) -> PyTree:
-        for path, leaf, ids in _pairs(params, rows):
+        for path, leaf, ids in _pair(params, rows):
             _check_rows(ids, jnp.shape(leaf)[:1], path)
         return optax.EmptyState()
 
@@ -63,13 +63,13 @@ def freeze_rows(rows: PyTree) -> optax.GradientTransformation:
         updates: PyTree, state: PyTree, params: PyTree | None = None
     ) -> tuple[PyTree, PyTree]:
         del params
-        leaves = [_dropped(grad, ids, path) for path, grad, ids in _pairs(updates, rows)]
+        leaves = [_drop(grad, ids, path) for path, grad, ids in _pair(updates, rows)]
         return jax.tree.unflatten(jax.tree.structure(updates, is_leaf=is_slices), leaves), state
 
     return optax.GradientTransformation(init, update)
 
 
-def _pairs(tree: PyTree, rows: PyTree) -> list[tuple[str, Leaf, np.ndarray]]:
+def _pair(tree: PyTree, rows: PyTree) -> list[tuple[str, Leaf, np.ndarray]]:
     """Each leaf of ``tree`` with the path to it and the rows that are frozen in it."""
     treedef: PyTreeDef
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_slices)
@@ -100,7 +100,7 @@ def _check_rows(ids: np.ndarray, shape: tuple[int | None, ...], path: str) -> No
         )
 
 
-def _dropped(grad: Leaf, ids: np.ndarray, path: str) -> Leaf:
+def _drop(grad: Leaf, ids: np.ndarray, path: str) -> Leaf:
     if not ids.size:
         return grad
     if not is_slices(grad):

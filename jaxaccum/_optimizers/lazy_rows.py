@@ -16,13 +16,13 @@ from jax.tree_util import PyTreeDef
 from jaxaccum._optimizers.catch_up import (
     CatchUpState,
     RestStep,
-    caught_up,
+    catch_up_rows,
     check_can_catch_up,
     check_last_step,
     init_catch_up,
 )
 from jaxaccum._optimizers.optax_import import Transform, import_optax
-from jaxaccum._optimizers.state_layout import RowLayout, row_layout, struct, struct_of
+from jaxaccum._optimizers.state_layout import RowLayout, lay_out_rows, struct, struct_of
 from jaxaccum._optimizers.trial import TrialFailedError, check_row_separable
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.opaque import UniqueRows, fit_updates
@@ -59,7 +59,7 @@ def lazy_rows(
 
     This is right for transforms that are row-separable: the step of a row depends on that row's
     gradient, state and parameters and on what all rows share (a step count, a norm over the touched
-    rows), not on other rows, nor on which place among the rows it has. Before its first use ``tx``
+    rows), not on other rows, nor on its position among them. Before its first use ``tx``
     is tried on a tiny table to see whether it is.
 
     The state is the one of ``tx``, so that checkpoints of both fit each other. A table is
@@ -144,15 +144,15 @@ class _Block:
 
     def update(self, state: PyTree) -> tuple[list[Leaf], PyTree]:
         """Runs the transform; returns updates by leaf, dense in the rows, and the new state."""
-        params = self._params()
+        params = self._gather_params()
         if self.plan.is_counter is None:
-            updates, new = self._run(self._gathered(state), params)
-            return updates, self._scattered(state, new)
-        before, params, moved, last_step = self._caught_up(state, params)
+            updates, new = self._run(self._gather(state), params)
+            return updates, self._scatter(state, new)
+        before, params, moved, last_step = self._catch_up_all(state, params)
         updates, new = self._run(before, params)
         for t, move in zip(self.tables, moved, strict=True):
             updates[t] = updates[t].astype(move.dtype) + move
-        inner_state = self._scattered(state.inner_state, new)
+        inner_state = self._scatter(state.inner_state, new)
         return updates, CatchUpState(inner_state, state.num_steps + 1, last_step)
 
     def _run(self, state: PyTree, params: list[Leaf] | None) -> tuple[list[Leaf], PyTree]:
@@ -165,17 +165,17 @@ class _Block:
         )
         return self.treedef.flatten_up_to(updates), state
 
-    def _params(self) -> list[Leaf] | None:
+    def _gather_params(self) -> list[Leaf] | None:
         if self.params is None:
             return None
         pairs = zip(self.grads, self.params, strict=True)
         return [gather_rows(p, g.indices) if is_slices(g) else p for g, p in pairs]
 
-    def _gathered(self, state: PyTree) -> PyTree:
+    def _gather(self, state: PyTree) -> PyTree:
         rows = self.rows
         return self.plan.layout.map_rows(lambda i, leaf: gather_rows(leaf, rows[i]), state)
 
-    def _scattered(self, state: PyTree, new: PyTree) -> PyTree:
+    def _scatter(self, state: PyTree, new: PyTree) -> PyTree:
         # Shared leaves come from the new state, rows go back into the old one.
         rows = self.rows
         return self.plan.layout.map_rows(
@@ -185,14 +185,14 @@ class _Block:
             shared=lambda _, leaf: leaf,
         )
 
-    def _caught_up(
+    def _catch_up_all(
         self, state: CatchUpState, params: list[Leaf] | None
     ) -> tuple[PyTree, list[Leaf], list[jax.Array], PyTree]:
         """State and parameters as if the rows had never slept, how far they moved, and when."""
         if params is None:
             raise ValueError("params must be given to update with catch_up, got None")
         layout, is_counter = self.plan.layout, self.plan.is_counter
-        before = layout.flatten(self._gathered(state.inner_state))
+        before = layout.flatten(self._gather(state.inner_state))
         last, params = flatten_like(self.treedef, state.last_step), list(params)
         step = RestStep(
             self.tx, self.treedef, layout, is_counter or (), list(before),
@@ -204,7 +204,9 @@ class _Block:
         for owner, (t, rows) in enumerate(zip(self.tables, self.rows, strict=True)):
             missed = state.num_steps - gather_rows(last[t], rows)
             of_table = dataclasses.replace(step, table=t, owner=owner)
-            new_rows, param = caught_up(of_table, layout.rows_of(before, owner), params[t], missed)
+            new_rows, param = catch_up_rows(
+                of_table, layout.rows_of(before, owner), params[t], missed
+            )
             before = layout.with_rows(before, owner, new_rows)
             moved.append(param - params[t].astype(param.dtype))
             params[t] = param.astype(params[t].dtype)
@@ -282,7 +284,7 @@ class LazyUpdate:
     ) -> _Plan:
         key = (treedef, tables, tuple((s.shape, s.dtype) for s in shapes), tuple(extra_args))
         if key not in self._plans:
-            layout = row_layout(self._tx, shapes, treedef, tables)
+            layout = lay_out_rows(self._tx, shapes, treedef, tables)
             is_counter = None
             if tables:
                 check_row_separable(self._tx, shapes, treedef, tables, extra_args)

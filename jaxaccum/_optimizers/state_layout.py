@@ -78,7 +78,7 @@ class RowLayout:
                 )
 
 
-def row_layout(
+def lay_out_rows(
     tx: Transform, params: list[Leaf], treedef: PyTreeDef, tables: tuple[int, ...]
 ) -> RowLayout:
     """Lays out the state of ``tx`` for params of these shapes, without computing anything.

@@ -30,7 +30,7 @@ from jax.tree_util import PyTreeDef
 from jax.typing import ArrayLike
 
 from jaxaccum._optimizers.optax_import import Transform
-from jaxaccum._optimizers.state_layout import refusal, row_layout, struct
+from jaxaccum._optimizers.state_layout import lay_out_rows, refusal, struct
 from jaxaccum._rows.tree import Leaf, PyTree
 
 # Rows of the trial table: two that every step touches, one that sleeps in the last step after
@@ -54,7 +54,7 @@ def check_row_separable(
 ) -> None:
     """Tries ``tx`` on a tiny table and raises if rows cannot be updated apart from each other.
 
-    Arguments as in :func:`row_layout`; ``extra_args`` go to ``update``, arrays among them as ones.
+    Arguments as in `lay_out_rows`; ``extra_args`` go to ``update``, arrays among them as ones.
 
     Raises:
       ValueError: the transform couples rows; the message says how.
@@ -114,9 +114,9 @@ class Trial:
         extra_args: Mapping[str, object],
     ) -> None:
         self.tx, self.treedef, self.tables = tx, treedef, tables
-        self.params = [_shrunk(p, i in tables) for i, p in enumerate(params)]
+        self.params = [_shrink(p, i in tables) for i, p in enumerate(params)]
         self.extra_args = stand_ins(extra_args)
-        self.layout = row_layout(tx, self.params, treedef, tables)
+        self.layout = lay_out_rows(tx, self.params, treedef, tables)
 
     def outcomes(self, scale: ArrayLike) -> tuple[_Outcome, ...]:
         """The last step on the touched rows alone, and on all rows in four variants.
@@ -264,7 +264,7 @@ def _normal(shape: tuple[int, ...], seed: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape)
 
 
-def _shrunk(leaf: Leaf, is_table: bool) -> jax.ShapeDtypeStruct:
+def _shrink(leaf: Leaf, is_table: bool) -> jax.ShapeDtypeStruct:
     # Tables keep their row shape, for which transforms may have rules; float32 keeps rounding,
     # stochastic rounding included, out of the comparison.
     dtype = leaf.dtype

@@ -68,7 +68,7 @@ def embedding_bag(
         raise ValueError(f"combiner must be one of {get_args(Combiner)}, got {combiner!r}")
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"ids must be integers, got {ids.dtype}")
-    bag_of = _segments(ids, segment_ids, offsets, num_bags)
+    bag_of = _find_bags(ids, segment_ids, offsets, num_bags)
     if weights is not None and jnp.shape(weights) != ids.shape:
         raise ValueError(
             f"weights must have the shape of ids, {ids.shape}, got {jnp.shape(weights)}"
@@ -82,7 +82,7 @@ def embedding_bag(
     rows = jnp.where(wide, rows, jnp.zeros((), rows.dtype))
     if weights is not None:
         rows = rows * share.reshape(wide.shape)
-    total, weight = (_sums(x, ids.ndim - 1, bag_of, num_bags, offsets) for x in (rows, share))
+    total, weight = (_sum_bags(x, ids.ndim - 1, bag_of, num_bags, offsets) for x in (rows, share))
     if combiner == "sum":
         return total
     return total / jnp.where(weight == 0, 1, weight).reshape(
@@ -90,7 +90,7 @@ def embedding_bag(
     ).astype(total.dtype)
 
 
-def _segments(
+def _find_bags(
     ids: jax.Array,
     segment_ids: ArrayLike | None,
     offsets: ArrayLike | None,
@@ -118,7 +118,7 @@ def _segments(
     return bag_of
 
 
-def _sums(
+def _sum_bags(
     x: jax.Array,
     axis: int,
     bag_of: jax.Array | None,

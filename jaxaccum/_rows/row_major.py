@@ -50,12 +50,12 @@ def row_major(tree: PyTree, sharding: PyTree = None) -> PyTree:
       (0, 1)
     """
     if sharding is None:
-        return jax.tree.map(lambda leaf: _format(leaf, _where(leaf)), tree)
+        return jax.tree.map(lambda leaf: _choose_format(leaf, _get_sharding(leaf)), tree)
     try:
         shardings = jax.tree.broadcast(sharding, tree)
     except ValueError as error:
         raise ValueError(f"sharding must be one, or a prefix of tree: {error}") from None
-    return jax.tree.map(_format, tree, shardings)
+    return jax.tree.map(_choose_format, tree, shardings)
 
 
 def warn_if_copied(tree: PyTree, name: str) -> None:
@@ -75,12 +75,12 @@ def warn_if_copied(tree: PyTree, name: str) -> None:
             )
 
 
-def _where(leaf: Leaf) -> Sharding:
+def _get_sharding(leaf: Leaf) -> Sharding:
     where = getattr(leaf, "sharding", None)
     return where if where is not None else SingleDeviceSharding(jax.devices()[0])
 
 
-def _format(leaf: Leaf, where: Sharding) -> Format | Sharding:
+def _choose_format(leaf: Leaf, where: Sharding) -> Format | Sharding:
     return Format(Layout(tuple(range(leaf.ndim))), where) if _has_rows(leaf) else where
 
 

@@ -25,7 +25,7 @@ def refuse_strangers(dense_shape: object, frame: types.FrameType | None) -> None
     not seen. If the modules looked for had other names, nothing would be refused.
 
     A checksum among the leaves would see more, but has no one to tell inside ``jit``; typed keys
-    (`jax.random.wrap_key_data`) refuse arithmetic, but are no indices and take twice the room.
+    (`jax.random.wrap_key_data`) refuse arithmetic, but are no indices and take twice the memory.
 
     Args:
       dense_shape: for the message.
@@ -42,13 +42,14 @@ def refuse_strangers(dense_shape: object, frame: types.FrameType | None) -> None
         frame = frame.f_back
     if frame is None:
         return
-    is_optax = _module(frame).startswith("optax.")
+    is_optax = _name_module(frame).startswith("optax.")
     # An update of zeros (of apply_if_finite) may name any row.
     if reads_leaves and is_optax and "zeros_like" not in frame.f_code.co_qualname:
         raise TypeError(
-            f"optax.{_transform(frame)} takes the row numbers of a gradient of shape {dense_shape} "
-            "for parameters: wrap the optax transform in jaxaccum.lazy_rows, the whole chain if it "
-            "is one, and use jaxaccum.global_norm and jaxaccum.map_values outside of it"
+            f"optax.{_name_transform(frame)} takes the row numbers of a gradient of shape "
+            f"{dense_shape} for parameters: wrap the optax transform in jaxaccum.lazy_rows, the "
+            "whole chain if it is one, and use jaxaccum.global_norm and jaxaccum.map_values "
+            "outside of it"
         )
     while frame is not None and _is_jax(frame, ".parallel"):
         if frame.f_code.co_name in _SUMS:
@@ -70,10 +71,10 @@ def _refuse_arithmetic(dense_shape: object, fun: object) -> None:
         )
 
 
-def _transform(frame: types.FrameType) -> str:
+def _name_transform(frame: types.FrameType) -> str:
     """What optax calls the transform, or else the function, that ``frame`` is part of."""
     name, step = frame.f_code.co_qualname, frame
-    while _module(step).startswith("optax.") and step.f_back is not None:
+    while _name_module(step).startswith("optax.") and step.f_back is not None:
         maker, is_step, _ = step.f_code.co_qualname.partition(".<locals>.update")
         if is_step:
             return maker
@@ -82,8 +83,8 @@ def _transform(frame: types.FrameType) -> str:
 
 
 def _is_jax(frame: types.FrameType, *ends: str) -> bool:
-    return _module(frame).startswith("jax.") and _module(frame).endswith(ends)
+    return _name_module(frame).startswith("jax.") and _name_module(frame).endswith(ends)
 
 
-def _module(frame: types.FrameType) -> str:
+def _name_module(frame: types.FrameType) -> str:
     return str(frame.f_globals.get("__name__", ""))

@@ -1,4 +1,4 @@
-"""What this room reads of a traced program: its types, and the user's lines it comes from."""
+"""What is read of a traced program: its types, and the lines of the user's that it comes from."""
 
 from __future__ import annotations
 
