@@ -3,7 +3,7 @@
 from jaxaccum import raw_ops
 from jaxaccum._accumulator.apply import apply
 from jaxaccum._accumulator.merge import grow, merge
-from jaxaccum._accumulator.state import AccumulatorState, Verdict, init, set_step
+from jaxaccum._accumulator.state import AccumulatorState, Reduction, Verdict, init, set_step
 from jaxaccum._accumulator.take import take
 from jaxaccum._coordinator.errors import CancelledError, DeadlineExceededError, InvalidArgumentError
 from jaxaccum._distributed.all_merge import all_merge, all_take
@@ -18,9 +18,14 @@ from jaxaccum._distributed.mesh import (
 from jaxaccum._distributed.sharded_table import all_apply, all_lookup
 from jaxaccum._optimizers.accumulate import MicroBatchState, accumulate
 from jaxaccum._optimizers.apply_updates import apply_updates, count_invalid
+from jaxaccum._optimizers.catch_up import CatchUpState
 from jaxaccum._optimizers.freeze_rows import freeze_rows
 from jaxaccum._optimizers.lazy_rows import lazy_rows
-from jaxaccum._optimizers.rowwise_adagrad import rowwise_adagrad
+from jaxaccum._optimizers.rowwise_adagrad import (
+    RowwiseAdagradState,
+    StochasticRoundingState,
+    rowwise_adagrad,
+)
 from jaxaccum._rows.embedding_bag import embedding_bag
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.map_values import global_norm, map_values
@@ -35,12 +40,16 @@ from jaxaccum._tensorflow.sparse_gradient import SparseGradient
 __all__ = [
     "AccumulatorState",
     "CancelledError",
+    "CatchUpState",
     "DeadlineExceededError",
     "IndexedSlices",
     "InvalidArgumentError",
     "MicroBatchState",
+    "Reduction",
+    "RowwiseAdagradState",
     "SparseConditionalAccumulator",
     "SparseGradient",
+    "StochasticRoundingState",
     "Verdict",
     "accumulate",
     "all_apply",

@@ -18,6 +18,8 @@ from jaxaccum._rows.public import public, pytree
 from jaxaccum._rows.unique_rows import sum_dtype
 
 Reduction = Literal["mean_per_row", "mean_per_gradient", "sum"]
+"""What a row's sum is divided by when it is taken: the gradients that touched the row, all that
+were accepted, or nothing."""
 
 
 @public

@@ -51,6 +51,15 @@ class CatchUpState(NamedTuple):
       num_steps: int32 ``[]``, steps so far.
       last_step: a tree like the params, for each leaf int32 ``[rows]``: when each row was last
         touched, counting from 1; 0 is never.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum, optax
+      >>> tx = jaxaccum.lazy_rows(optax.sgd(0.5, momentum=0.9), catch_up=True)
+      >>> table = jnp.ones((4, 1))
+      >>> grad = jaxaccum.IndexedSlices(jnp.array([2]), jnp.array([[1.0]]), (4, 1))
+      >>> updates, state = tx.update(grad, tx.init(table), table)
+      >>> state.num_steps, state.last_step
+      (Array(1, dtype=int32), Array([0, 0, 1, 0], dtype=int32))
     """
 
     inner_state: PyTree

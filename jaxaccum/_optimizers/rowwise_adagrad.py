@@ -21,7 +21,17 @@ if TYPE_CHECKING:
 @named_tuple
 @public
 class RowwiseAdagradState(NamedTuple):
-    """State of `rowwise_adagrad`: for every leaf float32 ``[rows]``, the summed mean squares."""
+    """State of `rowwise_adagrad`.
+
+    Attributes:
+      sum_of_squares: a tree like the params, for every leaf float32 ``[rows]``: the sum over steps
+        of the mean square of the row's gradient.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum
+      >>> jaxaccum.rowwise_adagrad(0.1, initial_accumulator_value=0.5).init(jnp.zeros((3, 2)))[0]
+      RowwiseAdagradState(sum_of_squares=Array([0.5, 0.5, 0.5], dtype=float32))
+    """
 
     sum_of_squares: PyTree
 
@@ -29,7 +39,17 @@ class RowwiseAdagradState(NamedTuple):
 @named_tuple
 @public
 class StochasticRoundingState(NamedTuple):
-    """How many steps have been rounded, int32 ``[]``: the random bits are made from it."""
+    """State of `rowwise_adagrad` with ``stochastic_rounding``.
+
+    Attributes:
+      num_steps: int32 ``[]``, how many steps have been rounded: the random bits are made from it.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum
+      >>> tx = jaxaccum.rowwise_adagrad(0.1, stochastic_rounding=True)
+      >>> tx.init(jnp.zeros((3, 2), jnp.bfloat16))[2]
+      StochasticRoundingState(num_steps=Array(0, dtype=int32))
+    """
 
     num_steps: jax.Array
 
