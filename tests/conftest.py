@@ -53,6 +53,13 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture
+def optax_promotes():
+    """optax multiplies ints with floats, which the strict setting of the other tests forbids."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
+@pytest.fixture
 def as_it_comes():
     """JAX with the settings of a user who has set nothing, for what the documentation shows."""
     with contextlib.ExitStack() as stack:

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from internals import saturating_add, saturating_sum
 
 import jaxaccum
-from jaxaccum._accumulator.counters import saturating_add, saturating_sum
 
 TOP = 2**31 - 1
 GRAD = jaxaccum.IndexedSlices(np.array([2, 2], np.int32), np.ones((2, 1), np.float32), (4, 1))

@@ -3,8 +3,9 @@
 import queue
 import threading
 
+from internals import Coordinator
+
 import jaxaccum
-from jaxaccum._coordinator.coordinator import Coordinator
 
 PATIENCE = 60  # seconds; nothing below waits that long unless something is broken
 

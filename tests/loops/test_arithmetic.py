@@ -16,9 +16,7 @@ from jaxaccum import IndexedSlices
 SHAPE = (7, 2)
 
 
-@pytest.fixture(autouse=True)
-def _as_users_have_it(as_it_comes):
-    pass
+pytestmark = pytest.mark.usefixtures("as_it_comes")
 
 
 def grad(seed=0, indices=(5, 1, 5, 7), shape=SHAPE, dtype=jnp.float32):

@@ -12,9 +12,7 @@ BAGS = [[4, 1, 4], [], [5], [0, 2]]
 WEIGHTS = [[0.5, 2.0, 1.0], [], [3.0], [1.0, -0.25]]
 
 
-@pytest.fixture(autouse=True)
-def _as_users_have_it(as_it_comes):
-    pass
+pytestmark = pytest.mark.usefixtures("as_it_comes")
 
 
 def written_out(combiner, weighted):

@@ -22,9 +22,7 @@ TARGETS = jnp.linspace(-1.0, 1.0, 4)
 EVERY_ROW = jnp.stack([jnp.arange(ROWS), jnp.arange(ROWS)[::-1]])
 
 
-@pytest.fixture(autouse=True)
-def _as_users_have_it(as_it_comes):
-    pass
+pytestmark = pytest.mark.usefixtures("as_it_comes")
 
 
 def is_table(path, leaf):

@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from breadth import in_breadth
+from trees import draw
 
 import jaxaccum
 from jaxaccum import IndexedSlices
@@ -16,19 +17,11 @@ ROWS, WIDTH, BATCH, STEPS = 40, 3, 4, 60
 DECAYING = optax.cosine_decay_schedule(0.05, decay_steps=STEPS, alpha=0.1)
 
 
-@pytest.fixture(autouse=True)
-def _optax_promotes():
-    # optax multiplies ints with floats, which the strict setting of the other tests forbids.
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 def make_params():
-    rng = np.random.default_rng(0)
-    return {
-        "bias": jnp.asarray(rng.normal(size=2), jnp.float32),
-        "table": jnp.asarray(rng.normal(size=(ROWS, WIDTH)), jnp.float32),
-    }
+    return draw({"bias": (2,), "table": (ROWS, WIDTH)})
 
 
 def make_batches():

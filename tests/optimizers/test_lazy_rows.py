@@ -11,6 +11,7 @@ import optax
 import pytest
 from breadth import in_breadth
 from jax.experimental import checkify
+from trees import assert_close, draw
 
 import jaxaccum
 from jaxaccum import IndexedSlices
@@ -72,19 +73,12 @@ COUPLED = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _optax_promotes():
-    # optax multiplies ints with floats; what jaxaccum does alone is tested under "strict" below.
-    with jax.numpy_dtype_promotion("standard"):
-        yield
+# What jaxaccum does alone is tested under "strict" below.
+pytestmark = pytest.mark.usefixtures("optax_promotes")
 
 
 def make_params(seed=0, dtype=jnp.float32):
-    rng = np.random.default_rng(seed)
-    return {
-        "bias": jnp.asarray(rng.normal(size=4), dtype),
-        "table": jnp.asarray(rng.normal(size=(ROWS, WIDTH)), dtype),
-    }
+    return draw({"bias": (4,), "table": (ROWS, WIDTH)}, seed, dtype)
 
 
 def make_grads(indices, seed=0, dtype=jnp.float32):
@@ -116,10 +110,6 @@ def put_back(touched, new, old):
         return jnp.where(touched.reshape(-1, *[1] * (after.ndim - 1)), after, before)
 
     return jax.tree.map(leaf, new, old)
-
-
-def assert_close(actual, expected, **tolerance):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), actual, expected)
 
 
 def jitted(tx):

@@ -90,6 +90,19 @@ def test_files_of_a_room_use_each_other_in_no_circle():
     tuple(graphlib.TopologicalSorter(uses).static_order())  # raises CycleError
 
 
+def test_tests_look_into_rooms_through_one_file():
+    """What tests name of the package's inside stands in ``helpers/internals.py``, in these folders.
+
+    Those of the coordinator and of TensorFlow's class still name it themselves.
+    """
+    tests = pathlib.Path(__file__).parents[1]
+    for path in tests.rglob("*.py"):
+        if path.parent.name in {"coordinator", "tensorflow_api"} or path.name == "internals.py":
+            continue
+        names = {f"{module}.{name}" for module, name in imports(ast.parse(path.read_text()))}
+        assert not [name for name in names if name.startswith("jaxaccum._")], path
+
+
 def test_contributing_shows_the_rooms():
     page = (pathlib.Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
     for room, below in ROOMS.items():

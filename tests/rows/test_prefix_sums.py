@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from jaxaccum._rows.prefix_sums import as_words, count_before, rank_in_words, sum_before
+from internals import as_words, count_before, rank_in_words, sum_before
 
 SIZES = [0, 1, 31, 32, 127, 128, 129, 511, 512, 5000]
 

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from internals import select_tables
 
 from jaxaccum import IndexedSlices
-from jaxaccum._rows.tables import select_tables
 
 TREE = {
     "user": {"table": jnp.zeros((3, 2)), "bias": jnp.zeros(3)},

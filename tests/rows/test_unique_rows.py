@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from internals import add_in_order, add_where_they_lie
 
 import jaxaccum
-from jaxaccum._rows.unique_rows import _add_in_order, _add_where_they_lie
 
 ROWS = 6
 
@@ -107,7 +107,7 @@ def test_the_scan_for_other_devices_sums_the_same_rows():
         order = np.argsort(grad.indices, kind="stable")
         _, segment = np.unique(np.asarray(grad.indices)[order], return_inverse=True)
         arguments = jnp.round(grad.values), jnp.asarray(order), jnp.asarray(segment, jnp.int32)
-        np.testing.assert_array_equal(_add_in_order(*arguments), _add_where_they_lie(*arguments))
+        np.testing.assert_array_equal(add_in_order(*arguments), add_where_they_lie(*arguments))
 
 
 @pytest.mark.parametrize(("platform", "num_adding"), [("cpu", 1), ("cuda", 0), ("tpu", 0)])

@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from internals import RULES, SparseSum
 from jax import lax
+from trees import densified
 
 from jaxaccum import IndexedSlices, value_and_sparse_grad
-from jaxaccum._sparse_grad import rules
-from jaxaccum._sparse_grad.terms import SparseSum
 
 # Each shape with a partner of other sizes: what can break is a size of 1 beside one that is not.
 SHAPES = [(3, 1), (1, 3, 1), (1, 1)]
@@ -271,10 +271,6 @@ def ruled(cotangent):
     return function, jnp.zeros(shape.shape, shape.dtype)
 
 
-def densified(grad):
-    return grad.to_dense() if isinstance(grad, IndexedSlices) else grad
-
-
 def on_two_devices(run):
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((2,), ("d",), axis_types=auto, devices=jax.devices()[:2])
@@ -301,7 +297,7 @@ def differing(name, shapes):
 
 
 def test_there_are_cases_for_every_rule():
-    assert CASES.keys() == rules.RULES.keys()
+    assert CASES.keys() == RULES.keys()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -313,8 +309,8 @@ def test_rules_are_the_arithmetic_they_replace(name, monkeypatch):
         kept.extend(result for result in results if isinstance(result, SparseSum) and result.terms)
         return results
 
-    rule = rules.RULES[name]
-    monkeypatch.setitem(rules.RULES, name, recorded)
+    rule = RULES[name]
+    monkeypatch.setitem(RULES, name, recorded)
     assert differing(name, SHAPES) == []
     assert kept  # the rule was used, and kept slices
 

@@ -12,8 +12,9 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax.extend.core import primitives
+from trees import densified, is_slices
 
-from jaxaccum import IndexedSlices, value_and_sparse_grad
+from jaxaccum import value_and_sparse_grad
 
 ROWS, WIDTH = 11, 4
 END = ROWS  # the padding index
@@ -24,14 +25,6 @@ WILD = jnp.array([1, 20, -30, 11, -11], jnp.int32)
 ONES = jnp.ones((5, WIDTH), jnp.float32)
 ONE = jnp.ones(WIDTH, jnp.float32)
 COLUMN_SCALES = jnp.array([2.0, 3.0, 0.5, 5.0])
-
-
-def is_slices(leaf):
-    return isinstance(leaf, IndexedSlices)
-
-
-def densified(grads):
-    return jax.tree.map(lambda g: g.to_dense() if is_slices(g) else g, grads, is_leaf=is_slices)
 
 
 def loss_of(lookup):

@@ -4,8 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
-from jaxaccum._sparse_ops import keys, match
+from internals import keys, match
 
 
 @pytest.mark.parametrize(

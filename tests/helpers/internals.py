@@ -1,0 +1,32 @@
+"""The inner parts that tests look into, named in this file alone: moves of them end here.
+
+A test should rather go by what users have. These are parts whose promises are finer than what shows
+outside, parts of which there are two that must agree, and lists that must be complete.
+"""
+
+from jaxaccum._accumulator.counters import saturating_add, saturating_sum
+from jaxaccum._coordinator.coordinator import Coordinator
+from jaxaccum._rows.prefix_sums import as_words, count_before, rank_in_words, sum_before
+from jaxaccum._rows.tables import select_tables
+from jaxaccum._rows.unique_rows import _add_in_order as add_in_order
+from jaxaccum._rows.unique_rows import _add_where_they_lie as add_where_they_lie
+from jaxaccum._sparse_grad.rules import RULES
+from jaxaccum._sparse_grad.terms import SparseSum
+from jaxaccum._sparse_ops import keys, match
+
+__all__ = [
+    "RULES",
+    "Coordinator",
+    "SparseSum",
+    "add_in_order",
+    "add_where_they_lie",
+    "as_words",
+    "count_before",
+    "keys",
+    "match",
+    "rank_in_words",
+    "saturating_add",
+    "saturating_sum",
+    "select_tables",
+    "sum_before",
+]
