@@ -21,7 +21,7 @@ import optax
 import jaxaccum
 from jaxaccum._accumulator import reduction
 from jaxaccum._distributed import exchange
-from jaxaccum._rows import cpu_workarounds, unique_rows
+from jaxaccum._rows import cpu_workarounds, row_arithmetic
 
 ROWS, WIDTH = harness.scaled(1_000_000), 64
 IDS, HELD = harness.scaled(16_384), harness.scaled(400_000)
@@ -92,13 +92,13 @@ def leave(rows: jax.Array, indices: jax.Array) -> jax.Array:
 CASES: dict[str, tuple[Callable[[], Step], Any, str, Callable[..., jax.Array]]] = {
     f"lazy_rows(adam), {IDS:,} ids": (
         lazy_step(optax.adam(1e-3)),
-        unique_rows,
+        row_arithmetic,
         "compute_with",
         leave,
     ),
     f"lazy_rows(sgd with momentum), {IDS:,} ids": (
         lazy_step(optax.sgd(1e-3, momentum=0.9)),
-        unique_rows,
+        row_arithmetic,
         "compute_with",
         leave,
     ),

@@ -20,7 +20,7 @@ from jaxaccum._coordinator.errors import InvalidArgumentError
 from jaxaccum._coordinator.placement import in_host_memory
 from jaxaccum._coordinator.spec import Spec
 from jaxaccum._coordinator.staging import SMALL, aligned, num_bytes, padded_size
-from jaxaccum._rows.indexed_slices import UNKNOWN_ROWS_PADDING
+from jaxaccum._rows.shapes import UNKNOWN_ROWS_PADDING
 
 _INT32 = np.dtype(np.int32)
 _UINT64 = np.dtype(np.uint64)

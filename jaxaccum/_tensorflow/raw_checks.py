@@ -13,7 +13,7 @@ from jax.typing import ArrayLike
 
 from jaxaccum._coordinator.arguments import brackets
 from jaxaccum._coordinator.errors import InvalidArgumentError
-from jaxaccum._rows.indexed_slices import check_host_indices
+from jaxaccum._rows.shapes import check_host_indices
 
 # What users give for a tensor.
 Array: TypeAlias = ArrayLike | Sequence[Any]

@@ -7,9 +7,9 @@ outside, parts of which there are two that must agree, and lists that must be co
 from jaxaccum._accumulator.counters import saturating_add, saturating_sum
 from jaxaccum._coordinator.coordinator import Coordinator
 from jaxaccum._rows.prefix_sums import as_words, count_before, rank_in_words, sum_before
+from jaxaccum._rows.row_arithmetic import _add_in_order as add_in_order
+from jaxaccum._rows.row_arithmetic import _add_where_they_lie as add_where_they_lie
 from jaxaccum._rows.tables import select_tables
-from jaxaccum._rows.unique_rows import _add_in_order as add_in_order
-from jaxaccum._rows.unique_rows import _add_where_they_lie as add_where_they_lie
 from jaxaccum._sparse_grad.rules import RULES
 from jaxaccum._sparse_grad.terms import SparseSum
 from jaxaccum._sparse_ops import keys, match
