@@ -1,4 +1,4 @@
-"""What goes where on a mesh: an accumulator for each device, tables in shards."""
+"""Puts accumulators and tables on a mesh: one for each device, or in shards."""
 
 from __future__ import annotations
 

@@ -264,7 +264,7 @@ class LazyUpdate:
         if is_large and _DENSE_WINS * size >= grad.padding_index and (name, size) not in self._told:
             self._told.add((name, size))
             warnings.warn(
-                f"{name} has room for {size} of {grad.padding_index} rows: if more than one in "
+                f"{name} may touch {size} of {grad.padding_index} rows: if more than one in "
                 f"{_DENSE_WINS} rows is touched, a dense gradient and plain optax are faster",
                 stacklevel=3,
             )

@@ -1,4 +1,4 @@
-"""Bags: several rows of a table looked up for one example and summed, or averaged."""
+"""``embedding_bag``: rows of a table looked up for one example, and summed or averaged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What users import is called ``jaxaccum.X``; what they pass to `jit`, `jax.export` can write."""
+"""Decorators of public classes: named ``jaxaccum.X``, of a structure that `jax.export` writes."""
 
 from __future__ import annotations
 

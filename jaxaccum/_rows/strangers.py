@@ -1,4 +1,4 @@
-"""Who takes a gradient apart: some read its row numbers as if they were numbers to train."""
+"""Refuses callers that take a gradient apart to do arithmetic on its row numbers."""
 
 from __future__ import annotations
 

@@ -387,7 +387,7 @@ def test_it_advises_where_a_dense_update_is_faster():
         jax.eval_shape(tx.update, grad, jax.eval_shape(tx.init, table), table)
 
     update(rows // 4 - 1)
-    with pytest.warns(UserWarning, match=f"room for {rows // 4} of {rows} rows: .* dense"):
+    with pytest.warns(UserWarning, match=f"may touch {rows // 4} of {rows} rows: .* dense"):
         update(rows // 4)
     update(rows // 4)  # once is enough
 
