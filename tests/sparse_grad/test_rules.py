@@ -5,6 +5,7 @@ A function's own derivative rule applies one operation to a cotangent made by sc
 order and the two must be equal bit by bit.
 """
 
+import contextlib
 import itertools
 import math
 
@@ -232,6 +233,12 @@ def constrained(ct):
     return lax.with_sharding_constraint(ct, device)
 
 
+def resharded(ct):
+    """There and back, on an Explicit axis of one device: the rows of any size divide among it."""
+    spec = jax.sharding.PartitionSpec("e")
+    return jax.sharding.reshard(jax.sharding.reshard(ct, spec) * 2, jax.sharding.PartitionSpec())
+
+
 CASES = {
     "scatter-add": scatters,
     "dynamic_update_slice": updates,
@@ -252,6 +259,7 @@ CASES = {
     "reduce_precision": each(lambda ct: lax.reduce_precision(ct, 8, 20)),
     "copy": each(lambda ct: jnp.array(ct, copy=True)),
     "sharding_constraint": each(constrained),
+    "reshard": each(resharded),
     "optimization_barrier": each(lambda ct: lax.optimization_barrier((ct, POOL))[0]),
     "pvary": each(over_devices),
     "psum_invariant": lambda shapes: [*each(over_devices)(shapes), multiply_varying_zeros],
@@ -278,6 +286,11 @@ def on_two_devices(run):
     return jax.shard_map(run, mesh=mesh, in_specs=(), out_specs=spec)
 
 
+def explicit_mesh():
+    explicit = (jax.sharding.AxisType.Explicit,)
+    return jax.set_mesh(jax.make_mesh((1,), ("e",), axis_types=explicit, devices=jax.devices()[:1]))
+
+
 def differing(name, shapes):
     """The numbers of the cases in which the gradient is not that of ``jax.grad``."""
     cases = CASES[name](shapes)
@@ -292,7 +305,8 @@ def differing(name, shapes):
 
     wrapped = on_two_devices(run) if name in MAPPED else run
     fast = {"xla_backend_optimization_level": 0}
-    pairs = jax.jit(wrapped, compiler_options=fast)()
+    with explicit_mesh() if name == "reshard" else contextlib.nullcontext():
+        pairs = jax.jit(wrapped, compiler_options=fast)()
     return [i for i, pair in enumerate(pairs) if not np.array_equal(*map(np.asarray, pair))]
 
 
