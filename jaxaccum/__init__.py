@@ -9,10 +9,11 @@ from jaxaccum._coordinator.errors import CancelledError, DeadlineExceededError, 
 from jaxaccum._distributed.all_merge import all_merge, all_take
 from jaxaccum._distributed.mesh import replicate, shard_init, shard_rows, shard_specs
 from jaxaccum._distributed.sharded_table import all_apply, all_lookup
-from jaxaccum._optimizers.accumulate import MicroBatchState, accumulate
+from jaxaccum._optimizers.accumulate import accumulate
 from jaxaccum._optimizers.apply_updates import apply_updates, count_invalid
 from jaxaccum._optimizers.freeze_rows import freeze_rows
 from jaxaccum._optimizers.lazy_rows import lazy_rows
+from jaxaccum._optimizers.micro_batch_state import MicroBatchState
 from jaxaccum._optimizers.rowwise_adagrad import rowwise_adagrad
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.unique_rows import sum_duplicates

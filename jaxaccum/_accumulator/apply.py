@@ -66,7 +66,7 @@ def _apply(
     state: AccumulatorState, grad: IndexedSlices, local_step: jax.Array | None
 ) -> tuple[AccumulatorState, jax.Array]:
     is_stale = jnp.bool_(False) if local_step is None else local_step < state.global_step
-    (state,), verdict = apply_all([state], [grad], is_stale)
+    (state,), verdict, _ = apply_all([state], [grad], is_stale)
     return state, verdict
 
 
@@ -86,6 +86,11 @@ class _Part(NamedTuple):
     bid: Bid
     ids: jax.Array
     values: jax.Array
+
+    @property
+    def num_needed(self) -> jax.Array:
+        """How many rows there are with its new ones."""
+        return self.state.num_rows + self.bid.num_new
 
     @property
     def fits(self) -> jax.Array:
@@ -110,8 +115,11 @@ class _Part(NamedTuple):
 @jax.jit
 def apply_all(
     states: list[AccumulatorState], grads: list[IndexedSlices], is_stale: jax.Array
-) -> tuple[list[AccumulatorState], jax.Array]:
-    """Adds a gradient to each of several accumulators, or none to any: one verdict on them all."""
+) -> tuple[list[AccumulatorState], jax.Array, jax.Array]:
+    """Adds a gradient to each of several accumulators, or none to any: one verdict on them all.
+
+    Also returns how many rows each must hold for it, int32 ``[len(states)]``.
+    """
     pairs = list(zip(states, grads, strict=True))
     rows = [table_rows(grad, state.dense_shape[0]) for state, grad in pairs]
     is_invalid = functools.reduce(operator.or_, (bad for _, bad in rows), jnp.bool_(False))
@@ -125,7 +133,12 @@ def apply_all(
         [jnp.int32(Verdict.STALE), jnp.int32(Verdict.INVALID), jnp.int32(Verdict.OVERFLOW)],
         jnp.int32(Verdict.ACCEPTED),
     )
-    return [part.settle(verdict) for part in parts], verdict
+    num_needed = [part.num_needed for part in parts]
+    return (
+        [part.settle(verdict) for part in parts],
+        verdict,
+        jnp.stack(num_needed) if parts else jnp.zeros(0, jnp.int32),
+    )
 
 
 def _bid(state: AccumulatorState, ids: jax.Array, values: jax.Array) -> _Part:

@@ -1,0 +1,167 @@
+"""One gradient of a micro-batch is checked, and goes into all sums or into none."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxaccum._accumulator.apply import apply_all, count_verdict
+from jaxaccum._accumulator.counters import saturating_add
+from jaxaccum._accumulator.state import Verdict
+from jaxaccum._optimizers.micro_batch_state import (
+    MicroBatchState,
+    is_accumulator,
+    with_counters,
+    without_counters,
+)
+from jaxaccum._rows.tree import PyTree
+from jaxaccum._rows.unique_rows import as_slices, check_indices, is_slices, promote_dtypes
+
+OnOverflow = Literal["step", "refuse"]
+
+
+class Gradient(NamedTuple):
+    """One gradient, checked against the sums that it goes into.
+
+    Attributes:
+      leaves: its leaves, as wide as the sums.
+      dtypes: the dtype each leaf came in.
+    """
+
+    leaves: list[Any]
+    dtypes: list[Any]
+
+
+def check_gradient(state: MicroBatchState, updates: PyTree, on_overflow: OnOverflow) -> Gradient:
+    """Returns the leaves of ``updates``; raises if they do not fit the sums, whatever they hold."""
+    treedef: Any
+    paths, treedef = jax.tree_util.tree_flatten_with_path(state.sums, is_leaf=is_accumulator)
+    try:
+        grads = treedef.flatten_up_to(updates)
+    except ValueError as err:
+        raise ValueError(f"updates must be a tree like the params: {err}") from None
+    leaves, dtypes = [], []
+    for grad, (path, total) in zip(grads, paths, strict=True):
+        leaf = _checked(grad, total, jax.tree_util.keystr(path))
+        if is_slices(leaf) and on_overflow == "step":
+            _check_room(leaf, total, jax.tree_util.keystr(path))
+        dtypes.append(leaf.values.dtype if is_slices(leaf) else leaf.dtype)
+        leaves.append(_widened(leaf, total))
+    return Gradient(leaves, dtypes)
+
+
+def add_gradient(
+    state: MicroBatchState, grad: Gradient, is_stale: jax.Array, on_overflow: OnOverflow
+) -> tuple[MicroBatchState, jax.Array]:
+    """Adds one gradient to all sums or to none.
+
+    Returns:
+      The new state; and whether a step must be taken for the gradient to fit: then it is accepted,
+      but not yet in the sums, and `add_to_emptied` must follow that step.
+    """
+    sums, verdict, num_needed = _add_to_sums(state, grad.leaves, is_stale)
+    is_early = jnp.bool_(False)
+    if on_overflow == "step":
+        is_early = verdict == Verdict.OVERFLOW
+        verdict = jnp.where(is_early, jnp.int32(Verdict.ACCEPTED), verdict)
+    _raise_if_refused(verdict, state, grad.leaves)
+    return dataclasses.replace(
+        state,
+        sums=sums,
+        num_accumulated=saturating_add(
+            state.num_accumulated, (verdict == Verdict.ACCEPTED) & ~is_early
+        ),
+        num_early=saturating_add(state.num_early, is_early),
+        peak_rows=jnp.maximum(state.peak_rows, num_needed),
+        verdict=verdict,
+        verdict_counts=count_verdict(state.verdict_counts, verdict),
+    ), is_early
+
+
+def add_to_emptied(state: MicroBatchState, grad: Gradient, is_early: jax.Array) -> MicroBatchState:
+    """Adds the gradient that a step was taken early for to the sums that the step has emptied."""
+    if not isinstance(is_early, jax.core.Tracer) and not is_early:
+        return state
+    # Masked, not in a conditional of its own: a step pays for bids of no rows, which is little.
+    sums, _, _ = _add_to_sums(state, grad.leaves, ~is_early)
+    return dataclasses.replace(state, sums=sums, num_accumulated=is_early.astype(jnp.int32))
+
+
+def _checked(grad: Any, total: Any, path: str) -> Any:
+    name = f"updates{path}"
+    if not is_accumulator(total):
+        if is_slices(grad):
+            raise TypeError(f"{name} is an IndexedSlices, but tables does not select it")
+        grad = jnp.asarray(grad)
+        if grad.shape != total.shape:
+            raise ValueError(f"{name} must have shape {total.shape}, got {grad.shape}")
+        return grad
+    if not is_slices(grad):
+        raise TypeError(f"{name} is selected by tables and must be an IndexedSlices, got {grad!r}")
+    grad = as_slices(grad, name)
+    rows, shape = grad.num_rows, total.dense_shape
+    if grad.values.shape[1:] != shape[1:] or rows not in (None, shape[0]):
+        raise ValueError(
+            f"{name} has shape {(rows, *grad.values.shape[1:])}, but state.sums{path} is of a "
+            f"table of shape {shape}: state must be what init returned for these params"
+        )
+    return grad
+
+
+def _check_room(grad: Any, total: Any, path: str) -> None:
+    """Raises if a single gradient could touch more rows than there is room for."""
+    rows, slices = total.dense_shape[0], grad.indices.shape[0]
+    if total.capacity < min(slices, rows):
+        raise ValueError(
+            f"capacity {total.capacity} of params{path} must be at least {min(slices, rows)}: one "
+            f"gradient has {slices} slices of {rows} rows, which must fit into emptied sums; or "
+            "refuse what does not fit, by on_overflow='refuse'"
+        )
+
+
+def _widened(grad: Any, total: Any) -> Any:
+    # A gradient may be narrower than its parameter, or wider if the parameter is 16 bits wide.
+    if is_slices(grad):
+        values = grad.values.astype(promote_dtypes(grad.values.dtype, total.dtype))
+        return dataclasses.replace(grad, values=values)
+    return grad.astype(promote_dtypes(grad.dtype, total.dtype))
+
+
+def _add_to_sums(
+    state: MicroBatchState, grads: list[Any], is_refused: jax.Array
+) -> tuple[PyTree, jax.Array, jax.Array]:
+    """Adds one gradient to all sums or to none; tells how many rows each table needs for it."""
+    sums, treedef = jax.tree.flatten(state.sums, is_leaf=is_accumulator)
+    tables = [i for i, total in enumerate(sums) if is_accumulator(total)]
+    held = [with_counters(sums[i], state) for i in tables]
+    added, verdict, num_needed = apply_all(held, [grads[i] for i in tables], is_refused)
+    results = [
+        total if i in tables else total + jnp.where(verdict == Verdict.ACCEPTED, grad, 0)
+        for i, (total, grad) in enumerate(zip(sums, grads, strict=True))
+    ]
+    for i, total in zip(tables, added, strict=True):
+        results[i] = without_counters(total)
+    return jax.tree.unflatten(treedef, results), verdict, num_needed
+
+
+def _raise_if_refused(verdict: jax.Array, state: MicroBatchState, grads: list[Any]) -> None:
+    if isinstance(verdict, jax.core.Tracer):
+        return
+    if verdict == Verdict.INVALID:
+        paths = jax.tree_util.tree_leaves_with_path(state.sums, is_leaf=is_accumulator)
+        for grad, (path, total) in zip(grads, paths, strict=True):
+            if is_slices(grad):  # the first leaf at fault raises
+                check_indices(grad, total.dense_shape[0], f"updates{jax.tree_util.keystr(path)}")
+    if verdict == Verdict.OVERFLOW:
+        capacities = [
+            total.capacity
+            for total in jax.tree.leaves(state.sums, is_leaf=is_accumulator)
+            if is_accumulator(total)
+        ]
+        raise ValueError(
+            f"capacity {capacities} has no room for the new rows of updates after "
+            f"{int(state.num_accumulated)} gradients; nothing was accumulated"
+        )
