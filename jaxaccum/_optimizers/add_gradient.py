@@ -59,35 +59,22 @@ def add_gradient(
     """Adds one gradient to all sums or to none.
 
     Returns:
-      The new state; and whether a step must be taken for the gradient to fit: then it is accepted,
-      but not yet in the sums, and `add_to_emptied` must follow that step.
+      The new state; and whether a step must be taken first for the gradient to fit. Then it is not
+      in the sums yet, and has no verdict.
     """
     sums, verdict, num_needed = _add_to_sums(state, grad.leaves, is_stale)
-    is_early = jnp.bool_(False)
-    if on_overflow == "step":
-        is_early = verdict == Verdict.OVERFLOW
-        verdict = jnp.where(is_early, jnp.int32(Verdict.ACCEPTED), verdict)
-    _raise_if_refused(verdict, state, grad.leaves)
+    is_early = (verdict == Verdict.OVERFLOW) & (on_overflow == "step")
+    _raise_if_refused(verdict, state, grad.leaves, on_overflow)
+    counted = count_verdict(state.verdict_counts, verdict)
     return dataclasses.replace(
         state,
         sums=sums,
-        num_accumulated=saturating_add(
-            state.num_accumulated, (verdict == Verdict.ACCEPTED) & ~is_early
-        ),
+        num_accumulated=saturating_add(state.num_accumulated, verdict == Verdict.ACCEPTED),
         num_early=saturating_add(state.num_early, is_early),
         peak_rows=jnp.maximum(state.peak_rows, num_needed),
         verdict=verdict,
-        verdict_counts=count_verdict(state.verdict_counts, verdict),
+        verdict_counts=jnp.where(is_early, state.verdict_counts, counted),
     ), is_early
-
-
-def add_to_emptied(state: MicroBatchState, grad: Gradient, is_early: jax.Array) -> MicroBatchState:
-    """Adds the gradient that a step was taken early for to the sums that the step has emptied."""
-    if not isinstance(is_early, jax.core.Tracer) and not is_early:
-        return state
-    # Masked, not in a conditional of its own: a step pays for bids of no rows, which is little.
-    sums, _, _ = _add_to_sums(state, grad.leaves, ~is_early)
-    return dataclasses.replace(state, sums=sums, num_accumulated=is_early.astype(jnp.int32))
 
 
 def _checked(grad: Any, total: Any, path: str) -> Any:
@@ -147,7 +134,9 @@ def _add_to_sums(
     return jax.tree.unflatten(treedef, results), verdict, num_needed
 
 
-def _raise_if_refused(verdict: jax.Array, state: MicroBatchState, grads: list[Any]) -> None:
+def _raise_if_refused(
+    verdict: jax.Array, state: MicroBatchState, grads: list[Any], on_overflow: OnOverflow
+) -> None:
     if isinstance(verdict, jax.core.Tracer):
         return
     if verdict == Verdict.INVALID:
@@ -155,7 +144,7 @@ def _raise_if_refused(verdict: jax.Array, state: MicroBatchState, grads: list[An
         for grad, (path, total) in zip(grads, paths, strict=True):
             if is_slices(grad):  # the first leaf at fault raises
                 check_indices(grad, total.dense_shape[0], f"updates{jax.tree_util.keystr(path)}")
-    if verdict == Verdict.OVERFLOW:
+    if verdict == Verdict.OVERFLOW and on_overflow == "refuse":
         capacities = [
             total.capacity
             for total in jax.tree.leaves(state.sums, is_leaf=is_accumulator)
