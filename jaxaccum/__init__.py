@@ -15,6 +15,7 @@ from jaxaccum._optimizers.freeze_rows import freeze_rows
 from jaxaccum._optimizers.lazy_rows import lazy_rows
 from jaxaccum._optimizers.micro_batch_state import MicroBatchState
 from jaxaccum._optimizers.rowwise_adagrad import rowwise_adagrad
+from jaxaccum._optimizers.suggest_capacity import suggest_capacity
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.unique_rows import sum_duplicates
 from jaxaccum._sparse_grad.value_and_sparse_grad import value_and_sparse_grad
@@ -63,6 +64,7 @@ __all__ = [
     "sparse_slice",
     "sparse_slice_grad",
     "sparse_slice_jvp",
+    "suggest_capacity",
     "sum_duplicates",
     "take",
     "value_and_sparse_grad",
