@@ -81,7 +81,7 @@ class Union(NamedTuple):
       rows: their rows, to be used where the verdict is ACCEPTED.
       num_accumulated: int32 ``[]``, gradients accepted by all.
       global_step: int32 ``[]``, the latest.
-      verdict_counts: int32 ``[4]``, of all.
+      verdict_counts: int32 ``[5]``, of all.
       verdict: int32 ``[]``, ACCEPTED, OVERFLOW or INVALID.
     """
 
@@ -93,7 +93,7 @@ class Union(NamedTuple):
 
 
 class _Tally(NamedTuple):
-    """The scalars of every device, int32 ``[n]`` and ``[n, 4]``."""
+    """The scalars of every device, int32 ``[n]`` and ``[n, 5]``."""
 
     num_rows: jax.Array
     num_accumulated: jax.Array

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
 
@@ -17,7 +18,9 @@ from jaxaccum._accumulator.take import is_enough, take_if
 from jaxaccum._optimizers.add_gradient import (
     OnOverflow,
     add_gradient,
+    admission,
     check_gradient,
+    is_skipped,
 )
 from jaxaccum._optimizers.lazy_rows import LazyUpdate, UniqueRows, lazy_rows
 from jaxaccum._optimizers.micro_batch_state import (
@@ -30,6 +33,7 @@ from jaxaccum._optimizers.micro_batch_state import (
     without_counters,
 )
 from jaxaccum._optimizers.optax_import import import_optax
+from jaxaccum._optimizers.varying import vary_like
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.tables import select_tables
 from jaxaccum._rows.tree import PyTree
@@ -47,6 +51,9 @@ def accumulate(
     capacity: PyTree,
     reduction: Reduction = "mean_per_gradient",
     on_overflow: OnOverflow = "step",
+    skip: Callable[[PyTree, jax.Array, PyTree | None], Any] | None = None,
+    max_staleness: int = 0,
+    staleness_weight: Callable[[jax.Array], ArrayLike] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Accumulates gradients, and runs ``tx`` once ``num_required`` of them have come.
 
@@ -62,8 +69,8 @@ def accumulate(
     the gradient alone is as many as the next step requires, the next call takes it.
 
     A gradient is accepted or refused as a whole, whichever leaf is at fault. Refused it changes
-    nothing but ``state.verdict`` and the counts: stale by ``local_step``, or with an index out of
-    range. The latter raises outside of ``jit``.
+    nothing but ``state.verdict`` and the counts: stale by ``local_step``, with an index out of
+    range (which raises outside of ``jit``), or skipped because of its values.
 
     Args:
       tx: what `lazy_rows` returned, or any transform that it takes.
@@ -79,17 +86,31 @@ def accumulate(
         the verdict OVERFLOW or, outside of ``jit``, an error. Apply it again after the next step;
         inside of ``jit``, a loop that does not look at the verdict stalls for ever.
 
+      skip: which gradients to leave out, as ``should_skip_update_fn`` of ``optax.MultiSteps``: a
+        predicate ``(updates, global_step, params)`` that returns a bool, or a tuple that begins
+        with one. ``optax.skip_not_finite`` is one. In ``updates`` a table is an array
+        ``[n, *row]``, the values of its slices, which are zero where they are padding.
+
+      max_staleness: how many steps old a gradient may be by its ``local_step``. If it is not 0,
+        ``state.staleness_counts`` is a histogram.
+      staleness_weight: what a gradient weighs that is ``s`` steps old, a positive number for the
+        int32 scalar ``s``; FedBuff's is ``lambda s: 1 / jnp.sqrt(1.0 + s)``. Sums are then weighted
+        sums, and means divide them by sums of weights. ``num_required`` goes on to count gradients.
+
     Returns:
-      A transform whose state is an `MicroBatchState`. Its ``update`` takes ``local_step``, the step
+      A transform whose state is a `MicroBatchState`. Its ``update`` takes ``local_step``, the step
       at which the gradient was computed, as an optional extra argument; all others go to ``tx``.
 
     Raises:
       ImportError: optax is not installed.
-      ValueError: ``num_required`` is a number below 1, or ``on_overflow`` is unknown. In ``init``
-        and ``update``: ``tables`` or ``capacity`` do not match the params, ``tx`` couples the rows
-        of a table, a single gradient might not fit into empty sums, or outside of ``jit`` one is
-        refused.
+      ValueError: ``num_required`` is a number below 1, ``on_overflow`` is unknown or
+        ``max_staleness`` is negative. In ``init`` and ``update``: ``tables`` or ``capacity`` do not
+        match the params, ``tx`` couples the rows of a table, a single gradient might not fit into
+        empty sums, or outside of ``jit`` one is refused.
       TypeError: in ``update``: the gradient of a table is no ``IndexedSlices``.
+
+    Source: ``optax.MultiSteps``; weights by staleness, Nguyen et al., "Federated Learning with
+    Buffered Asynchronous Aggregation" (2022).
 
     Example:
       >>> import jax.numpy as jnp, jaxaccum, optax
@@ -108,13 +129,16 @@ def accumulate(
         raise ValueError(f"num_required must be positive, got {num_required}")
     if on_overflow not in get_args(OnOverflow):
         raise ValueError(f"on_overflow must be one of {get_args(OnOverflow)}, got {on_overflow!r}")
+    if operator.index(max_staleness) < 0:
+        raise ValueError(f"max_staleness must not be negative, got {max_staleness}")
+    is_weighted = staleness_weight is not None
     if not isinstance(tx.update, LazyUpdate):
         tx = lazy_rows(tx)
 
     def init(params: PyTree) -> MicroBatchState:
         selected = select_tables(tables, params)
         tx.update.check(params, selected)
-        sum_of = functools.partial(new_sum, reduction=reduction)
+        sum_of = functools.partial(new_sum, reduction=reduction, is_weighted=is_weighted)
         return MicroBatchState(
             sums=jax.tree.map(sum_of, params, selected, capacities(capacity, params)),
             inner_state=tx.init(params),
@@ -124,6 +148,8 @@ def accumulate(
             peak_rows=jnp.zeros(sum(map(bool, jax.tree.leaves(selected))), jnp.int32),
             verdict=jnp.int32(Verdict.ACCEPTED),
             verdict_counts=jnp.zeros(len(Verdict), jnp.int32),
+            total_weight=jnp.float32(0) if is_weighted else None,
+            staleness_counts=jnp.zeros(max_staleness + 2, jnp.int32) if max_staleness else None,
         )
 
     def update(
@@ -137,39 +163,31 @@ def accumulate(
         if params is not None:
             check_params(state, params)
         grad = check_gradient(state, updates, on_overflow)
-        is_stale = _is_stale(state, local_step)
+        skipped = is_skipped(skip, state, grad, params)
+        admitted = admission(state, local_step, max_staleness, staleness_weight, skipped)
         step: Callable[..., Any] = functools.partial(
             _step, tx, grad.dtypes, reduction, extra_args, params
         )
 
         def turn(carry: _Carry) -> _Carry:
-            state, is_early = add_gradient(carry.state, grad, is_stale, on_overflow)
+            state, is_early = add_gradient(carry.state, grad, admitted, on_overflow)
             required = num_required(state.global_step) if callable(num_required) else num_required
             is_full = is_enough(state.num_accumulated, as_int32(required, "num_required"))
             ready = is_early | (is_full & ~carry.is_retry)
             return _Carry(is_early, is_early, *_step_or_rest(ready, step, state, carry.updates))
 
         start = _Carry(jnp.bool_(True), jnp.bool_(False), None, state)
-        if not any(_is_traced(leaf) for leaf in jax.tree.leaves((state, grad.leaves, is_stale))):
+        if not any(_is_traced(leaf) for leaf in jax.tree.leaves((state, grad.leaves, admitted))):
             end = turn(start)
             end = turn(end) if end.is_open else end
             return _no_updates(step, state) if end.updates is None else end.updates, end.state
         # Jitted, it is traced once for its shapes and its branch together.
         step = jax.jit(step, inline=True)
         start = start._replace(updates=_no_updates(step, state))
-        if on_overflow == "refuse":
-            end = turn(start)
-        else:
-            end = jax.lax.while_loop(lambda carry: carry.is_open, turn, start)
+        end = turn(start) if on_overflow == "refuse" else _loop(turn, start)
         return end.updates, end.state
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _is_stale(state: MicroBatchState, local_step: ArrayLike | None) -> jax.Array:
-    if local_step is None:
-        return jnp.bool_(False)
-    return jnp.asarray(as_int32(local_step, "local_step")) < state.global_step
 
 
 class _Carry(NamedTuple):
@@ -195,11 +213,32 @@ def _is_traced(leaf: object) -> bool:
     return isinstance(leaf, jax.core.Tracer)
 
 
+def _loop(turn: Callable[[_Carry], _Carry], start: _Carry) -> _Carry:
+    """Takes turns while the gradient is still to be added."""
+    if jax.sharding.get_abstract_mesh().manual_axes:
+        # What comes out of a second turn may vary along more axes than what comes out of the first.
+        for _ in range(2):
+            start = vary_like(start, jax.eval_shape(turn, start), along=start.is_open)
+    return jax.lax.while_loop(
+        lambda carry: carry.is_open,
+        lambda carry: vary_like(turn(carry), carry, along=start.is_open),
+        start,
+    )
+
+
 def _step_or_rest(
     ready: jax.Array, step: Callable[..., Any], state: MicroBatchState, nothing: PyTree
 ) -> tuple[PyTree, MicroBatchState]:
     if _is_traced(ready):
-        result = jax.lax.cond(ready, lambda s, _: step(s), lambda s, u: (u, s), state, nothing)
+        kinds = jax.eval_shape(step, state), (nothing, state)
+        alike = functools.partial(vary_like, along=ready)
+        result = jax.lax.cond(
+            ready,
+            lambda state, _: alike(step(state), *kinds),
+            lambda state, nothing: alike((nothing, state), *kinds),
+            state,
+            nothing,
+        )
         return cast("tuple[PyTree, MicroBatchState]", result)
     # A conditional would be compiled every time.
     return step(state) if ready else (nothing, state)
@@ -216,13 +255,15 @@ def _step(
     """Takes all sums and runs the inner transform on them."""
     sums, treedef = jax.tree.flatten(state.sums, is_leaf=is_accumulator)
     grads = list(sums)
+    weight = state.total_weight
+    total_count = state.num_accumulated if weight is None else weight
     for i, (total, dtype) in enumerate(zip(sums, dtypes, strict=True)):
         if is_accumulator(total):
-            total, taken = take_if(with_counters(total, state), jnp.bool_(True))
+            total, taken = take_if(with_counters(total, state, total_count), jnp.bool_(True))
             sums[i] = without_counters(total)
             grads[i] = UniqueRows(dataclasses.replace(taken, values=taken.values.astype(dtype)))
         else:
-            count = jnp.maximum(state.num_accumulated, 1).astype(total.dtype)
+            count = jnp.where(total_count > 0, total_count, 1).astype(total.dtype)
             mean = total if reduction == "sum" else total / count
             sums[i], grads[i] = jnp.zeros_like(total), mean.astype(dtype)
     updates, inner_state = tx.update(
@@ -234,6 +275,7 @@ def _step(
         sums=jax.tree.unflatten(treedef, sums),
         inner_state=jax.tree.map(_cast_like, inner_state, state.inner_state),
         num_accumulated=jnp.zeros_like(state.num_accumulated),
+        total_weight=None if weight is None else jnp.zeros_like(weight),
         global_step=saturating_add(state.global_step, 1),
     )
 

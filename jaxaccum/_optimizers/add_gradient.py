@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 
 from jaxaccum._accumulator.apply import apply_all, count_verdict
 from jaxaccum._accumulator.counters import saturating_add
-from jaxaccum._accumulator.state import Verdict
+from jaxaccum._accumulator.state import Verdict, as_int32
 from jaxaccum._optimizers.micro_batch_state import (
     MicroBatchState,
     is_accumulator,
@@ -18,7 +20,13 @@ from jaxaccum._optimizers.micro_batch_state import (
     without_counters,
 )
 from jaxaccum._rows.tree import PyTree
-from jaxaccum._rows.unique_rows import as_slices, check_indices, is_slices, promote_dtypes
+from jaxaccum._rows.unique_rows import (
+    as_slices,
+    check_indices,
+    is_slices,
+    promote_dtypes,
+    zero_padding,
+)
 
 OnOverflow = Literal["step", "refuse"]
 
@@ -33,6 +41,40 @@ class Gradient(NamedTuple):
 
     leaves: list[Any]
     dtypes: list[Any]
+
+
+class Admission(NamedTuple):
+    """What is known of a gradient before it is compared with the room there is.
+
+    Attributes:
+      is_stale: bool ``[]``.
+      is_skipped: bool ``[]``.
+      staleness: int32 ``[]``, how many steps ago it was computed, one more than the bound if stale.
+      weight: float32 ``[]``, or ``None`` where gradients count in full.
+    """
+
+    is_stale: jax.Array
+    is_skipped: jax.Array
+    staleness: jax.Array
+    weight: jax.Array | None
+
+
+def admission(
+    state: MicroBatchState,
+    local_step: ArrayLike | None,
+    max_staleness: int,
+    staleness_weight: Callable[[jax.Array], ArrayLike] | None,
+    is_skipped: jax.Array,
+) -> Admission:
+    """Finds out how old a gradient is, and what it weighs."""
+    step = state.global_step
+    made = step if local_step is None else jnp.asarray(as_int32(local_step, "local_step"))
+    # Clipped first: the difference of two steps may exceed int32, and is not wanted beyond these.
+    staleness = step - jnp.clip(made, step - max_staleness - 1, step)
+    weight = None
+    if staleness_weight is not None:
+        weight = jnp.asarray(staleness_weight(staleness), jnp.float32)
+    return Admission(staleness > max_staleness, is_skipped, staleness, weight)
 
 
 def check_gradient(state: MicroBatchState, updates: PyTree, on_overflow: OnOverflow) -> Gradient:
@@ -54,7 +96,7 @@ def check_gradient(state: MicroBatchState, updates: PyTree, on_overflow: OnOverf
 
 
 def add_gradient(
-    state: MicroBatchState, grad: Gradient, is_stale: jax.Array, on_overflow: OnOverflow
+    state: MicroBatchState, grad: Gradient, admitted: Admission, on_overflow: OnOverflow
 ) -> tuple[MicroBatchState, jax.Array]:
     """Adds one gradient to all sums or to none.
 
@@ -62,19 +104,43 @@ def add_gradient(
       The new state; and whether a step must be taken first for the gradient to fit. Then it is not
       in the sums yet, and has no verdict.
     """
-    sums, verdict, num_needed = _add_to_sums(state, grad.leaves, is_stale)
+    sums, verdict, num_needed = _add_to_sums(state, grad.leaves, admitted)
     is_early = (verdict == Verdict.OVERFLOW) & (on_overflow == "step")
     _raise_if_refused(verdict, state, grad.leaves, on_overflow)
-    counted = count_verdict(state.verdict_counts, verdict)
-    return dataclasses.replace(
+    is_accepted = verdict == Verdict.ACCEPTED
+    state = dataclasses.replace(
         state,
         sums=sums,
-        num_accumulated=saturating_add(state.num_accumulated, verdict == Verdict.ACCEPTED),
+        num_accumulated=saturating_add(state.num_accumulated, is_accepted),
         num_early=saturating_add(state.num_early, is_early),
         peak_rows=jnp.maximum(state.peak_rows, num_needed),
         verdict=verdict,
-        verdict_counts=jnp.where(is_early, state.verdict_counts, counted),
-    ), is_early
+        verdict_counts=jnp.where(
+            is_early, state.verdict_counts, count_verdict(state.verdict_counts, verdict)
+        ),
+    )
+    if state.total_weight is not None and admitted.weight is not None:
+        more = jnp.where(is_accepted, admitted.weight, 0)
+        state = dataclasses.replace(state, total_weight=state.total_weight + more)
+    if state.staleness_counts is not None:
+        kinds = jnp.arange(state.staleness_counts.shape[0], dtype=jnp.int32)
+        is_counted = (is_accepted | (verdict == Verdict.STALE)) & (kinds == admitted.staleness)
+        counts = saturating_add(state.staleness_counts, is_counted)
+        state = dataclasses.replace(state, staleness_counts=counts)
+    return state, is_early
+
+
+def is_skipped(
+    skip: Callable[..., Any] | None, state: MicroBatchState, grad: Gradient, params: PyTree | None
+) -> jax.Array:
+    """Asks ``skip`` about the gradient; tables are to it the values of their slices."""
+    if skip is None:
+        return jnp.bool_(False)
+    values = [zero_padding(g).values if is_slices(g) else g for g in grad.leaves]
+    treedef = jax.tree.structure(state.sums, is_leaf=is_accumulator)
+    answer = skip(jax.tree.unflatten(treedef, values), state.global_step, params)
+    # optax's predicates also return what they found.
+    return jnp.asarray(answer[0] if isinstance(answer, tuple) else answer, bool)
 
 
 def _checked(grad: Any, total: Any, path: str) -> Any:
@@ -118,13 +184,20 @@ def _widened(grad: Any, total: Any) -> Any:
 
 
 def _add_to_sums(
-    state: MicroBatchState, grads: list[Any], is_refused: jax.Array
+    state: MicroBatchState, grads: list[Any], admitted: Admission
 ) -> tuple[PyTree, jax.Array, jax.Array]:
     """Adds one gradient to all sums or to none; tells how many rows each table needs for it."""
     sums, treedef = jax.tree.flatten(state.sums, is_leaf=is_accumulator)
     tables = [i for i, total in enumerate(sums) if is_accumulator(total)]
-    held = [with_counters(sums[i], state) for i in tables]
-    added, verdict, num_needed = apply_all(held, [grads[i] for i in tables], is_refused)
+    if admitted.weight is not None:
+        grads = [_weighted(grad, admitted.weight) for grad in grads]
+    added, verdict, num_needed = apply_all(
+        [with_counters(sums[i], state) for i in tables],
+        [grads[i] for i in tables],
+        admitted.is_stale,
+        admitted.is_skipped,
+        admitted.weight,
+    )
     results = [
         total if i in tables else total + jnp.where(verdict == Verdict.ACCEPTED, grad, 0)
         for i, (total, grad) in enumerate(zip(sums, grads, strict=True))
@@ -132,6 +205,13 @@ def _add_to_sums(
     for i, total in zip(tables, added, strict=True):
         results[i] = without_counters(total)
     return jax.tree.unflatten(treedef, results), verdict, num_needed
+
+
+def _weighted(grad: Any, weight: jax.Array) -> Any:
+    if is_slices(grad):
+        values = grad.values * weight.astype(grad.values.dtype)
+        return dataclasses.replace(grad, values=values)
+    return grad * weight.astype(grad.dtype)
 
 
 def _raise_if_refused(

@@ -29,6 +29,8 @@ from jaxaccum._rows.unique_rows import sum_dtype
         "peak_rows",
         "verdict",
         "verdict_counts",
+        "total_weight",
+        "staleness_counts",
     ],
     meta_fields=[],
 )
@@ -48,7 +50,11 @@ class MicroBatchState:
       peak_rows: int32 ``[tables]``, the most distinct rows that each table has held or would have
         had to hold for the next gradient to fit, in the order of the leaves.
       verdict: int32 ``[]``, the `Verdict` on the last gradient.
-      verdict_counts: int32 ``[4]``, gradients by `Verdict` since ``init``.
+      verdict_counts: int32 ``[5]``, gradients by `Verdict` since ``init``.
+      total_weight: float32 ``[]``, of the gradients accepted since the last step; ``None`` without
+        ``staleness_weight``.
+      staleness_counts: int32 ``[max_staleness + 2]``, gradients accepted by how many steps old they
+        were, and last those refused as stale; ``None`` without ``max_staleness``.
 
     Example:
       >>> import jax.numpy as jnp, jaxaccum, optax
@@ -66,6 +72,8 @@ class MicroBatchState:
     peak_rows: jax.Array
     verdict: jax.Array
     verdict_counts: jax.Array
+    total_weight: jax.Array | None = None
+    staleness_counts: jax.Array | None = None
 
 
 def is_accumulator(node: object) -> bool:
@@ -84,10 +92,14 @@ def capacities(capacity: PyTree, params: PyTree) -> PyTree:
         raise ValueError(f"capacity must match params or be a prefix of it: {err}") from None
 
 
-def new_sum(param: Any, is_table: bool, capacity: Any, *, reduction: Reduction) -> Any:
+def new_sum(
+    param: Any, is_table: bool, capacity: Any, *, reduction: Reduction, is_weighted: bool
+) -> Any:
     dtype = sum_dtype(jnp.result_type(param))
     if is_table:
         state = init_sums(param.shape, dtype, capacity=capacity, reduction=reduction)
+        if is_weighted:
+            state = dataclasses.replace(state, counts=jnp.zeros(state.capacity, jnp.float32))
         return without_counters(state)
     return jnp.zeros(jnp.shape(param), dtype)
 
@@ -100,9 +112,13 @@ def without_counters(total: AccumulatorState) -> AccumulatorState:
     return dataclasses.replace(total, **counters)
 
 
-def with_counters(total: AccumulatorState, state: MicroBatchState) -> AccumulatorState:
+def with_counters(
+    total: AccumulatorState, state: MicroBatchState, count: jax.Array | None = None
+) -> AccumulatorState:
+    """Returns the sums of a table as an accumulator, which divides by ``count`` if it is given."""
     zero, none = jnp.int32(0), jnp.zeros_like(state.verdict_counts)
-    own = (state.num_accumulated, state.global_step, state.verdict_counts, zero, none)
+    count = state.num_accumulated if count is None else count
+    own = (count, state.global_step, state.verdict_counts, zero, none)
     counters: dict[str, Any] = dict(zip(_COUNTERS, own, strict=True))
     return dataclasses.replace(total, **counters)
 

@@ -88,7 +88,7 @@ def test_it_equals_multi_steps_step_by_step(name, wrapped):
         assert state.verdict == Verdict.ACCEPTED
         params = jaxaccum.apply_updates(params, updates)
     assert state.global_step == 3
-    np.testing.assert_array_equal(state.verdict_counts, [8, 0, 0, 0])
+    np.testing.assert_array_equal(state.verdict_counts, [8, 0, 0, 0, 0])
     assert update._cache_size() == 1
 
 
@@ -141,7 +141,7 @@ def test_a_gradient_that_is_refused_changes_nothing(verdict, bad):
     update = jax.jit(functools.partial(tx.update, local_step=local_step))
     updates, after = update(make_grads(1, **bad), state, params)
     assert after.verdict == verdict
-    counts = np.bincount([Verdict.ACCEPTED, verdict], minlength=4)
+    counts = np.bincount([Verdict.ACCEPTED, verdict], minlength=5)
     np.testing.assert_array_equal(after.verdict_counts, counts)
     assert_same(dense(updates), jax.tree.map(jnp.zeros_like, params))
 
@@ -328,11 +328,11 @@ def test_a_transform_that_keeps_a_typed_random_key(jit):
 def test_counters_stay_at_the_top():
     tx, table = jaxaccum.accumulate(optax.sgd(1.0), 1, tables=True, capacity=4), jnp.zeros((3, 1))
     top, state = 2**31 - 1, tx.init(table)
-    full = {"global_step": jnp.int32(top), "verdict_counts": jnp.full(4, top, jnp.int32)}
+    full = {"global_step": jnp.int32(top), "verdict_counts": jnp.full(5, top, jnp.int32)}
     grad = IndexedSlices(jnp.array([1]), jnp.ones((1, 1)), (3, 1))
     _, state = tx.update(grad, dataclasses.replace(state, **full), table)
     assert state.global_step == top
-    np.testing.assert_array_equal(state.verdict_counts, np.full(4, top))
+    np.testing.assert_array_equal(state.verdict_counts, np.full(5, top))
 
 
 def test_the_inner_transform_is_traced_once():
@@ -386,6 +386,8 @@ class TestBadInput:
             make(num_required=0)
         with pytest.raises(ValueError, match=r"on_overflow must be one of .*, got 'grow'"):
             make(on_overflow="grow")
+        with pytest.raises(ValueError, match="max_staleness must not be negative, got -1"):
+            make(max_staleness=-1)
         with pytest.raises(ValueError, match="capacity must match params"):
             make(capacity={"items": 3}).init(make_params())
         with pytest.raises(ValueError, match="reduction must be one of"):

@@ -1,5 +1,6 @@
 """``accumulate`` where a gradient does not fit: steps come early, and no mass is lost."""
 
+import dataclasses
 import functools
 import re
 
@@ -9,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 from breadth import in_breadth
-from micro_batch_model import MicroBatchModel
+from devices import on_devices
+from micro_batch_model import OVERFLOW, MicroBatchModel
 
 import jaxaccum
 from jaxaccum import IndexedSlices
@@ -29,6 +31,16 @@ def zeros():
     return {name: jnp.zeros(rows) for name, rows in ROWS.items()}
 
 
+def stacked(train):
+    """What eight devices would return, one after the other."""
+    results = [jax.jit(train)(jnp.float32(x)) for x in range(8)]
+    return jax.tree.map(lambda *leaves: np.stack(leaves), *results)
+
+
+def assert_same(actual, expected):
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), actual, expected)
+
+
 def num_required(step):
     return 1 + step % 5
 
@@ -40,25 +52,31 @@ def draw(seed):
     for name, rows in ROWS.items():
         ids = rng.integers(0, rows + 1, (LENGTH, SLICES))
         ids[rng.random((LENGTH, SLICES)) < 0.01] = rows + 1  # no row
-        grads[name] = ids, rng.integers(-8, 9, (LENGTH, SLICES)).astype(np.float32)
+        values = rng.integers(-8, 9, (LENGTH, SLICES)).astype(np.float32)
+        values[rng.random((LENGTH, SLICES)) < 0.02] = np.nan
+        values[(ids == rows) & (rng.random((LENGTH, SLICES)) < 0.2)] = np.inf
+        grads[name] = ids, values
     return grads, rng.integers(-2, 2, LENGTH) * (rng.random(LENGTH) < 0.3)
 
 
-def transform(capacity, on_overflow="step", reduction="sum"):
+def transform(capacity, on_overflow="step", max_staleness=0):
     return jaxaccum.accumulate(
         optax.sgd(1.0),
         num_required,
         tables=True,
         capacity=capacity,
-        reduction=reduction,
+        reduction="sum",
         on_overflow=on_overflow,
+        skip=optax.skip_not_finite,
+        max_staleness=max_staleness,
+        staleness_weight=(lambda s: 2.0**-s) if max_staleness else None,
     )
 
 
 @functools.cache
-def program(capacity, on_overflow):
+def program(capacity, on_overflow, max_staleness):
     """All of the gradients in one scan; returns the params and the state after each."""
-    tx = transform(capacity, on_overflow)
+    tx = transform(capacity, on_overflow, max_staleness)
 
     def update(carry, step):
         params, state = carry
@@ -78,14 +96,22 @@ def program(capacity, on_overflow):
 
 
 @pytest.mark.parametrize("seed", in_breadth(range(64), {0, 1}))
-@pytest.mark.parametrize("on_overflow", ["step", "refuse"])
+@pytest.mark.parametrize(
+    "options",
+    in_breadth(
+        [("step", 1), ("refuse", 0), ("step", 0), ("refuse", 1)], {("step", 1), ("refuse", 0)}
+    ),
+)
 @pytest.mark.parametrize("capacity", in_breadth([4, 5, 8, 13], {5}))
-def test_it_keeps_its_rules_over_random_gradients(capacity, on_overflow, seed):
+def test_it_keeps_its_rules_over_random_gradients(capacity, options, seed):
+    on_overflow, max_staleness = options
     grads, lags = draw(seed)
     integers = jax.tree.map(lambda x: jnp.asarray(x, jnp.int32 if x.dtype == int else None), grads)
-    params, states = program(capacity, on_overflow)(integers, jnp.asarray(lags, jnp.int32))
+    params, states = program(capacity, on_overflow, max_staleness)(
+        integers, jnp.asarray(lags, jnp.int32)
+    )
     params, states = jax.tree.map(np.asarray, (params, states))
-    model = MicroBatchModel(ROWS, capacity, num_required, on_overflow)
+    model = MicroBatchModel(ROWS, capacity, num_required, on_overflow, max_staleness)
     for t in range(LENGTH):
         grad = {name: (ids[t], values[t]) for name, (ids, values) in grads.items()}
         assert states["verdict"][t] == model.add(grad, model.step + lags[t])
@@ -95,7 +121,9 @@ def test_it_keeps_its_rules_over_random_gradients(capacity, on_overflow, seed):
         for name, table in model.params.items():
             np.testing.assert_array_equal(params[name][t], table)
     assert states["verdict_counts"][-1].tolist() == model.verdicts
-    assert min(model.verdicts[0], model.verdicts[1], model.verdicts[3]) > 0
+    assert all(count > 0 for verdict, count in enumerate(model.verdicts) if verdict != OVERFLOW)
+    expected = model.ages if max_staleness else None
+    assert jax.tree.map(lambda counts: counts[-1].tolist(), states["staleness_counts"]) == expected
     assert (model.num_early > 0) == (on_overflow == "step")
 
 
@@ -160,3 +188,79 @@ def test_a_donated_step_copies_no_table():
     assert f"[{rows}" in compiled.as_text()
     assert not re.findall(rf"= \S*\[{rows}\S* copy\(.*", compiled.as_text())
     assert compiled.memory_analysis().temp_size_in_bytes < rows
+
+
+@pytest.mark.parametrize("answer", [bool, lambda is_large: (is_large, {"is_large": is_large})])
+def test_skip_sees_values_steps_and_params(answer):
+    """Padding is zero, whatever it held; indices are none of the predicate's business."""
+    seen = []
+
+    def skip(updates, global_step, params):
+        seen.append((jax.tree.map(np.shape, updates), int(global_step), params["bias"].tolist()))
+        total = sum(np.abs(leaf).sum() for leaf in jax.tree.leaves(updates))
+        return answer(total > 5)
+
+    tables = {"bias": False, "table": True}
+    tx = jaxaccum.accumulate(optax.sgd(1.0), 2, tables=tables, capacity=2, skip=skip)
+    params = {"bias": jnp.ones(1), "table": jnp.zeros((900, 1))}
+    state = tx.init(params)
+    for value in (2.0, 3.0, 1.0):
+        values = jnp.array([[value], [jnp.inf]])
+        table = IndexedSlices(jnp.array([899, 900]), values, (900, 1))
+        updates, state = tx.update({"bias": jnp.array([value]), "table": table}, state, params)
+    assert seen == 3 * [({"bias": (1,), "table": (2, 1)}, 0, [1])]
+    assert state.verdict_counts.tolist() == [2, 0, 0, 0, 1]
+    assert updates["bias"] == updates["table"].to_dense()[899] == -1.5
+
+
+@pytest.mark.parametrize("reduction", ["mean_per_gradient", "mean_per_row", "sum"])
+def test_means_are_of_weighted_gradients(reduction):
+    weigh = lambda s: 1 / jnp.sqrt(1.0 + s)  # noqa: E731
+    tables = {"bias": False, "table": True}
+    tx = jaxaccum.accumulate(
+        optax.sgd(1.0), 3, tables=tables, capacity=3, reduction=reduction,
+        max_staleness=3, staleness_weight=weigh,
+    )  # fmt: skip
+    params = {"bias": jnp.zeros(1), "table": jnp.zeros((5, 2))}
+    update = jax.jit(tx.update)
+    state = dataclasses.replace(tx.init(params), global_step=jnp.int32(9))
+    for local_step, row, value in (
+        (9, 1, 1.0),
+        (6, 1, 2.0),
+        (5, 4, 7.0),
+        (-(2**31), 4, 7.0),
+        (8, 2, 4.0),
+    ):
+        table = IndexedSlices(jnp.array([row]), jnp.full((1, 2), value), (5, 2))
+        grad = {"bias": jnp.array([value]), "table": table}
+        updates, state = update(grad, state, params, local_step=local_step)
+    weights = np.array([1, 1 / 2, 1 / np.sqrt(2)])
+    sums = np.array([[1, 0], [1, 0], [0, 4 / np.sqrt(2)]]).sum(axis=0)
+    per_row = {"mean_per_row": [1.5, weights[2]], "sum": [1, 1]}.get(reduction, 2 * [weights.sum()])
+    total = 1 if reduction == "sum" else weights.sum()
+    np.testing.assert_allclose(-updates["bias"], sums.sum() / total, rtol=1e-6)
+    np.testing.assert_allclose(-updates["table"].values[:2, 1], sums / per_row, rtol=1e-6)
+    assert state.staleness_counts.tolist() == [1, 1, 0, 1, 2]
+    assert state.verdict_counts.tolist() == [3, 2, 0, 0, 0]
+    assert (state.total_weight, state.global_step) == (0, 10)
+
+
+@pytest.mark.parametrize("on_overflow", ["step", "refuse"])
+def test_under_shard_map_each_device_keeps_its_own(on_overflow):
+    """What varies over the mesh, and what does not yet, may meet in branches and loops."""
+    options = {"tables": {"bias": False, "table": True}, "on_overflow": on_overflow}
+    tx = jaxaccum.accumulate(optax.adam(0.1), 3, capacity=3, **options)
+    params = {"bias": jnp.zeros(2), "table": jnp.zeros((8, 2))}
+
+    def train(x):
+        carry = params, tx.init(params)
+        for k in range(3):
+            ids = jnp.array([0, 1]) + k * (x.astype(jnp.int32) % 2)
+            table = IndexedSlices(ids, jnp.ones((2, 2)) * (x + k), (8, 2))
+            updates, state = tx.update(
+                {"bias": jnp.ones(2) * x, "table": table}, carry[1], carry[0]
+            )
+            carry = jaxaccum.apply_updates(carry[0], updates), state
+        return carry[0], state.num_early, state.num_accumulated
+
+    assert_same(on_devices(lambda _, x: train(x), "shard_map")(jnp.arange(8.0)), stacked(train))
