@@ -120,20 +120,25 @@ def exchange_union(
     axis_name: AxisName,
     max_rows: int | None,
     exchange: Exchange | None,
+    room: int | None = None,
 ) -> Union:
-    """Exchanges what all devices hold; where this raises, nothing has been exchanged."""
+    """Exchanges what all devices hold; where this raises, nothing has been exchanged.
+
+    There is ``room`` for so many distinct rows of all devices, by default the capacity of one.
+    """
+    room = state.capacity if room is None else room
     num_devices = axis_size(axis_name)
     max_rows = _checked_max_rows(state, max_rows)
     if _checked_exchange(state, num_devices, max_rows, exchange) == "dense":
-        tally, rows = _exchange_dense(state, axis_name, num_devices)
+        tally, rows = _exchange_dense(state, axis_name, num_devices, room)
         too_many = jnp.bool_(False)
     else:
-        tally, rows = _exchange_rows(state, axis_name, max_rows)
+        tally, rows = _exchange_rows(state, axis_name, max_rows, room)
         too_many = jnp.any(tally.num_rows > max_rows)
     verdict = jnp.select(
         [
             jnp.any(tally.num_shared > 0),
-            too_many | (rows.num_rows > state.capacity),
+            too_many | (rows.num_rows > room),
         ],
         [jnp.int32(Verdict.INVALID), jnp.int32(Verdict.OVERFLOW)],
         jnp.int32(Verdict.ACCEPTED),
@@ -149,7 +154,7 @@ def exchange_union(
 
 
 def _exchange_rows(
-    state: AccumulatorState, axis_name: AxisName, max_rows: int
+    state: AccumulatorState, axis_name: AxisName, max_rows: int, room: int
 ) -> tuple[_Tally, Rows]:
     """Every device gets the first ``max_rows`` rows of all devices and sums them."""
     held = [state.indices[:max_rows], state.counts[:max_rows], _Tally.pack(state)]
@@ -160,7 +165,7 @@ def _exchange_rows(
     tally = _Tally.unpack(packed)
     is_held = jnp.arange(max_rows, dtype=jnp.int32)[None, :] < tally.num_rows[:, None]
     ids = jnp.where(is_held, indices, NOWHERE)
-    size, rows = min(state.capacity, ids.size), state.dense_shape[0]
+    size, rows = min(room, ids.size), state.dense_shape[0]
     if rows is not None and rows <= _BITMAP_ROWS_PER_ID * ids.size:
         slot, num_distinct = _ranks_in_bitmap(ids, rows)
         slot = jnp.where(slot < size, slot, NOWHERE)
@@ -198,7 +203,7 @@ def _distinct(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _exchange_dense(
-    state: AccumulatorState, axis_name: AxisName, num_devices: int
+    state: AccumulatorState, axis_name: AxisName, num_devices: int, room: int
 ) -> tuple[_Tally, Rows]:
     """Every device sums its share of the table over all devices, and gathers all shares."""
     tally = _Tally.unpack(all_gather(_Tally.pack(state), axis_name))
@@ -219,7 +224,7 @@ def _exchange_dense(
     is_row = counts > 0
     before = count_before(is_row)
     slot, num_rows = before[:-1], before[-1]
-    size = min(state.capacity, rows)
+    size = min(room, rows)
     slot = jnp.where(is_row & (slot < size), slot, NOWHERE)
     every_row = jnp.arange(num_devices * share, dtype=jnp.int32)
     distinct = jnp.full(size, NOWHERE, jnp.int32).at[slot].set(every_row, mode="drop")

@@ -4,40 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxaccum._accumulator.counters import saturating_add
-from jaxaccum._accumulator.state import Reduction, Verdict, as_int32
-from jaxaccum._accumulator.take import is_enough, take_if
-from jaxaccum._optimizers.add_gradient import (
-    OnOverflow,
-    add_gradient,
-    admission,
-    check_gradient,
-    is_skipped,
-)
-from jaxaccum._optimizers.lazy_rows import LazyUpdate, UniqueRows, lazy_rows
+from jaxaccum._accumulator.state import Reduction
+from jaxaccum._accumulator.take import is_enough
+from jaxaccum._distributed.exchange import AxisName
+from jaxaccum._optimizers.add_gradient import add_gradient, admission, check_gradient
+from jaxaccum._optimizers.lazy_rows import LazyUpdate, lazy_rows
 from jaxaccum._optimizers.micro_batch_state import (
     MicroBatchState,
-    capacities,
+    OnOverflow,
+    Options,
     check_params,
-    is_accumulator,
-    new_sum,
-    with_counters,
-    without_counters,
+    init_state,
 )
 from jaxaccum._optimizers.optax_import import import_optax
+from jaxaccum._optimizers.take_step import no_updates, over_devices, take_step
 from jaxaccum._optimizers.varying import vary_like
-from jaxaccum._rows.indexed_slices import IndexedSlices
-from jaxaccum._rows.tables import select_tables
 from jaxaccum._rows.tree import PyTree
-from jaxaccum._rows.unique_rows import is_slices
 
 if TYPE_CHECKING:
     import optax  # type: ignore[import-untyped]
@@ -54,6 +44,7 @@ def accumulate(
     skip: Callable[[PyTree, jax.Array, PyTree | None], Any] | None = None,
     max_staleness: int = 0,
     staleness_weight: Callable[[jax.Array], ArrayLike] | None = None,
+    axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Accumulates gradients, and runs ``tx`` once ``num_required`` of them have come.
 
@@ -97,6 +88,13 @@ def accumulate(
         int32 scalar ``s``; FedBuff's is ``lambda s: 1 / jnp.sqrt(1.0 + s)``. Sums are then weighted
         sums, and means divide them by sums of weights. ``num_required`` goes on to count gradients.
 
+      axis_name: inside `jax.shard_map` or `jax.pmap`, the axis (or a tuple of axes) over which each
+        device accumulates micro-batches of its own. ``num_required`` then counts the gradients of
+        all devices, ``capacity`` the rows of one; rows are exchanged when a step is taken, by all
+        devices at once, also when it is early on one of them. All get the same updates. See
+        `MicroBatchState.map_own` for how the state goes into and out of `jax.shard_map`. Not with
+        ``staleness_weight``.
+
     Returns:
       A transform whose state is a `MicroBatchState`. Its ``update`` takes ``local_step``, the step
       at which the gradient was computed, as an optional extra argument; all others go to ``tx``.
@@ -125,32 +123,19 @@ def accumulate(
       (Array([ 0. , -0.5, -0.5,  0. ], dtype=float32), Array(1, dtype=int32))
     """
     optax = import_optax("accumulate")
-    if not callable(num_required) and int(num_required) < 1:
-        raise ValueError(f"num_required must be positive, got {num_required}")
-    if on_overflow not in get_args(OnOverflow):
-        raise ValueError(f"on_overflow must be one of {get_args(OnOverflow)}, got {on_overflow!r}")
-    if operator.index(max_staleness) < 0:
-        raise ValueError(f"max_staleness must not be negative, got {max_staleness}")
-    is_weighted = staleness_weight is not None
+    options = Options(
+        num_required=num_required,
+        tables=tables,
+        capacity=capacity,
+        reduction=reduction,
+        on_overflow=on_overflow,
+        skip=skip,
+        max_staleness=max_staleness,
+        staleness_weight=staleness_weight,
+        axis_name=axis_name,
+    )
     if not isinstance(tx.update, LazyUpdate):
         tx = lazy_rows(tx)
-
-    def init(params: PyTree) -> MicroBatchState:
-        selected = select_tables(tables, params)
-        tx.update.check(params, selected)
-        sum_of = functools.partial(new_sum, reduction=reduction, is_weighted=is_weighted)
-        return MicroBatchState(
-            sums=jax.tree.map(sum_of, params, selected, capacities(capacity, params)),
-            inner_state=tx.init(params),
-            num_accumulated=jnp.int32(0),
-            global_step=jnp.int32(0),
-            num_early=jnp.int32(0),
-            peak_rows=jnp.zeros(sum(map(bool, jax.tree.leaves(selected))), jnp.int32),
-            verdict=jnp.int32(Verdict.ACCEPTED),
-            verdict_counts=jnp.zeros(len(Verdict), jnp.int32),
-            total_weight=jnp.float32(0) if is_weighted else None,
-            staleness_counts=jnp.zeros(max_staleness + 2, jnp.int32) if max_staleness else None,
-        )
 
     def update(
         updates: PyTree,
@@ -160,34 +145,47 @@ def accumulate(
         local_step: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, MicroBatchState]:
-        if params is not None:
-            check_params(state, params)
-        grad = check_gradient(state, updates, on_overflow)
-        skipped = is_skipped(skip, state, grad, params)
-        admitted = admission(state, local_step, max_staleness, staleness_weight, skipped)
-        step: Callable[..., Any] = functools.partial(
-            _step, tx, grad.dtypes, reduction, extra_args, params
-        )
+        return _update(tx, options, updates, state, params, local_step, extra_args)
 
-        def turn(carry: _Carry) -> _Carry:
-            state, is_early = add_gradient(carry.state, grad, admitted, on_overflow)
-            required = num_required(state.global_step) if callable(num_required) else num_required
-            is_full = is_enough(state.num_accumulated, as_int32(required, "num_required"))
-            ready = is_early | (is_full & ~carry.is_retry)
-            return _Carry(is_early, is_early, *_step_or_rest(ready, step, state, carry.updates))
+    return optax.GradientTransformationExtraArgs(functools.partial(init_state, tx, options), update)
 
-        start = _Carry(jnp.bool_(True), jnp.bool_(False), None, state)
-        if not any(_is_traced(leaf) for leaf in jax.tree.leaves((state, grad.leaves, admitted))):
-            end = turn(start)
-            end = turn(end) if end.is_open else end
-            return _no_updates(step, state) if end.updates is None else end.updates, end.state
-        # Jitted, it is traced once for its shapes and its branch together.
-        step = jax.jit(step, inline=True)
-        start = start._replace(updates=_no_updates(step, state))
-        end = turn(start) if on_overflow == "refuse" else _loop(turn, start)
-        return end.updates, end.state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+def _update(
+    tx: Any,
+    options: Options,
+    updates: PyTree,
+    state: MicroBatchState,
+    params: PyTree | None,
+    local_step: ArrayLike | None,
+    extra_args: dict[str, Any],
+) -> tuple[PyTree, MicroBatchState]:
+    if params is not None:
+        check_params(state, params)
+    grad = check_gradient(options, state, updates)
+    admitted = admission(options, state, grad, params, local_step)
+    step: Callable[..., Any] = functools.partial(
+        take_step, tx, options, grad.dtypes, extra_args, params
+    )
+
+    def turn(carry: _Carry) -> _Carry:
+        is_open = None if options.axis_name is None else carry.is_mine
+        state, is_mine = add_gradient(options, carry.state, grad, admitted, is_open)
+        is_early, num_held = over_devices(is_mine, state.num_accumulated, options.axis_name)
+        state = dataclasses.replace(state, num_early=saturating_add(state.num_early, is_early))
+        ready = is_early | (is_enough(num_held, options.required(state)) & ~carry.is_retry)
+        updates, state = _step_or_rest(ready, step, state, carry.updates)
+        return _Carry(is_early, is_mine, is_early, updates, state)
+
+    start = _Carry(jnp.bool_(True), jnp.bool_(True), jnp.bool_(False), None, state)
+    if not any(_is_traced(leaf) for leaf in jax.tree.leaves((state, grad.leaves, admitted))):
+        end = turn(start)
+        end = turn(end) if end.is_open else end
+        return no_updates(step, state) if end.updates is None else end.updates, end.state
+    # Jitted, it is traced once for its shapes and its branch together.
+    step = jax.jit(step, inline=True)
+    start = start._replace(updates=no_updates(step, state))
+    end = turn(start) if options.on_overflow == "refuse" else _loop(turn, start)
+    return end.updates, end.state
 
 
 class _Carry(NamedTuple):
@@ -197,13 +195,15 @@ class _Carry(NamedTuple):
     the step instead, compiling takes 1.36 times as long, for the same time in a step.
 
     Attributes:
-      is_open: bool ``[]``, whether the gradient is still to be added.
+      is_open: bool ``[]``, whether the gradient of any device is still to be added.
+      is_mine: bool ``[]``, whether that of this device is.
       is_retry: bool ``[]``, whether a step has been taken to make room for it.
       updates: of the step, or those that change nothing.
       state: of `accumulate`.
     """
 
     is_open: jax.Array
+    is_mine: jax.Array
     is_retry: jax.Array
     updates: PyTree
     state: MicroBatchState
@@ -242,57 +242,3 @@ def _step_or_rest(
         return cast("tuple[PyTree, MicroBatchState]", result)
     # A conditional would be compiled every time.
     return step(state) if ready else (nothing, state)
-
-
-def _step(
-    tx: Any,
-    dtypes: list[Any],
-    reduction: Reduction,
-    extra_args: dict[str, Any],
-    params: PyTree | None,
-    state: MicroBatchState,
-) -> tuple[PyTree, MicroBatchState]:
-    """Takes all sums and runs the inner transform on them."""
-    sums, treedef = jax.tree.flatten(state.sums, is_leaf=is_accumulator)
-    grads = list(sums)
-    weight = state.total_weight
-    total_count = state.num_accumulated if weight is None else weight
-    for i, (total, dtype) in enumerate(zip(sums, dtypes, strict=True)):
-        if is_accumulator(total):
-            total, taken = take_if(with_counters(total, state, total_count), jnp.bool_(True))
-            sums[i] = without_counters(total)
-            grads[i] = UniqueRows(dataclasses.replace(taken, values=taken.values.astype(dtype)))
-        else:
-            count = jnp.where(total_count > 0, total_count, 1).astype(total.dtype)
-            mean = total if reduction == "sum" else total / count
-            sums[i], grads[i] = jnp.zeros_like(total), mean.astype(dtype)
-    updates, inner_state = tx.update(
-        jax.tree.unflatten(treedef, grads), state.inner_state, params, **extra_args
-    )
-    updates = jax.tree.map(lambda u: u.slices if isinstance(u, UniqueRows) else u, updates)
-    return updates, dataclasses.replace(
-        state,
-        sums=jax.tree.unflatten(treedef, sums),
-        inner_state=jax.tree.map(_cast_like, inner_state, state.inner_state),
-        num_accumulated=jnp.zeros_like(state.num_accumulated),
-        total_weight=None if weight is None else jnp.zeros_like(weight),
-        global_step=saturating_add(state.global_step, 1),
-    )
-
-
-def _cast_like(new: Any, old: Any) -> Any:
-    return new if new.dtype == old.dtype else new.astype(old.dtype)  # keys cannot be cast
-
-
-def _no_updates(step: Callable[..., Any], state: MicroBatchState) -> PyTree:
-    """Updates that change nothing, of the shapes of a step's."""
-
-    def nothing(leaf: Any) -> Any:
-        if not is_slices(leaf):
-            return jnp.zeros(leaf.shape, leaf.dtype)
-        indices = jnp.full(leaf.indices.shape, leaf.padding_index, jnp.int32)
-        return IndexedSlices(
-            indices, jnp.zeros(leaf.values.shape, leaf.values.dtype), leaf.dense_shape
-        )
-
-    return jax.tree.map(nothing, jax.eval_shape(step, state)[0], is_leaf=is_slices)

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ from jaxaccum._accumulator.counters import saturating_add
 from jaxaccum._accumulator.state import Verdict, as_int32
 from jaxaccum._optimizers.micro_batch_state import (
     MicroBatchState,
+    Options,
     is_accumulator,
     with_counters,
     without_counters,
@@ -27,8 +27,6 @@ from jaxaccum._rows.unique_rows import (
     promote_dtypes,
     zero_padding,
 )
-
-OnOverflow = Literal["step", "refuse"]
 
 
 class Gradient(NamedTuple):
@@ -60,24 +58,25 @@ class Admission(NamedTuple):
 
 
 def admission(
+    options: Options,
     state: MicroBatchState,
+    grad: Gradient,
+    params: PyTree | None,
     local_step: ArrayLike | None,
-    max_staleness: int,
-    staleness_weight: Callable[[jax.Array], ArrayLike] | None,
-    is_skipped: jax.Array,
 ) -> Admission:
-    """Finds out how old a gradient is, and what it weighs."""
-    step = state.global_step
+    """Finds out how old a gradient is, what it weighs, and whether its values are wanted."""
+    step, most = state.global_step, options.max_staleness
     made = step if local_step is None else jnp.asarray(as_int32(local_step, "local_step"))
     # Clipped first: the difference of two steps may exceed int32, and is not wanted beyond these.
-    staleness = step - jnp.clip(made, step - max_staleness - 1, step)
+    staleness = step - jnp.clip(made, step - most - 1, step)
     weight = None
-    if staleness_weight is not None:
-        weight = jnp.asarray(staleness_weight(staleness), jnp.float32)
-    return Admission(staleness > max_staleness, is_skipped, staleness, weight)
+    if options.staleness_weight is not None:
+        weight = jnp.asarray(options.staleness_weight(staleness), jnp.float32)
+    is_skipped = _is_skipped(options, state, grad, params)
+    return Admission(staleness > most, is_skipped, staleness, weight)
 
 
-def check_gradient(state: MicroBatchState, updates: PyTree, on_overflow: OnOverflow) -> Gradient:
+def check_gradient(options: Options, state: MicroBatchState, updates: PyTree) -> Gradient:
     """Returns the leaves of ``updates``; raises if they do not fit the sums, whatever they hold."""
     treedef: Any
     paths, treedef = jax.tree_util.tree_flatten_with_path(state.sums, is_leaf=is_accumulator)
@@ -88,7 +87,7 @@ def check_gradient(state: MicroBatchState, updates: PyTree, on_overflow: OnOverf
     leaves, dtypes = [], []
     for grad, (path, total) in zip(grads, paths, strict=True):
         leaf = _checked(grad, total, jax.tree_util.keystr(path))
-        if is_slices(leaf) and on_overflow == "step":
+        if is_slices(leaf) and options.on_overflow == "step":
             _check_room(leaf, total, jax.tree_util.keystr(path))
         dtypes.append(leaf.values.dtype if is_slices(leaf) else leaf.dtype)
         leaves.append(_widened(leaf, total))
@@ -96,49 +95,57 @@ def check_gradient(state: MicroBatchState, updates: PyTree, on_overflow: OnOverf
 
 
 def add_gradient(
-    state: MicroBatchState, grad: Gradient, admitted: Admission, on_overflow: OnOverflow
+    options: Options,
+    state: MicroBatchState,
+    grad: Gradient,
+    admitted: Admission,
+    is_open: jax.Array | None,
 ) -> tuple[MicroBatchState, jax.Array]:
-    """Adds one gradient to all sums or to none.
+    """Adds one gradient to all sums or to none; not at all where ``is_open`` says that it is added.
 
     Returns:
       The new state; and whether a step must be taken first for the gradient to fit. Then it is not
       in the sums yet, and has no verdict.
     """
+    if is_open is not None:
+        admitted = admitted._replace(is_skipped=admitted.is_skipped | ~is_open)
     sums, verdict, num_needed = _add_to_sums(state, grad.leaves, admitted)
-    is_early = (verdict == Verdict.OVERFLOW) & (on_overflow == "step")
-    _raise_if_refused(verdict, state, grad.leaves, on_overflow)
+    is_early = (verdict == Verdict.OVERFLOW) & (options.on_overflow == "step")
+    _raise_if_refused(verdict, state, grad.leaves, options)
     is_accepted = verdict == Verdict.ACCEPTED
+    is_over, is_stale = ~is_early, verdict == Verdict.STALE
+    if is_open is not None:
+        is_over, is_stale = is_over & is_open, is_stale & is_open
+        verdict = jnp.where(is_open, verdict, state.verdict)
+    counted = count_verdict(state.verdict_counts, verdict)
     state = dataclasses.replace(
         state,
         sums=sums,
         num_accumulated=saturating_add(state.num_accumulated, is_accepted),
-        num_early=saturating_add(state.num_early, is_early),
         peak_rows=jnp.maximum(state.peak_rows, num_needed),
         verdict=verdict,
-        verdict_counts=jnp.where(
-            is_early, state.verdict_counts, count_verdict(state.verdict_counts, verdict)
-        ),
+        verdict_counts=jnp.where(is_over, counted, state.verdict_counts),
     )
     if state.total_weight is not None and admitted.weight is not None:
         more = jnp.where(is_accepted, admitted.weight, 0)
         state = dataclasses.replace(state, total_weight=state.total_weight + more)
     if state.staleness_counts is not None:
         kinds = jnp.arange(state.staleness_counts.shape[0], dtype=jnp.int32)
-        is_counted = (is_accepted | (verdict == Verdict.STALE)) & (kinds == admitted.staleness)
+        is_counted = (is_accepted | is_stale) & (kinds == admitted.staleness)
         counts = saturating_add(state.staleness_counts, is_counted)
         state = dataclasses.replace(state, staleness_counts=counts)
     return state, is_early
 
 
-def is_skipped(
-    skip: Callable[..., Any] | None, state: MicroBatchState, grad: Gradient, params: PyTree | None
+def _is_skipped(
+    options: Options, state: MicroBatchState, grad: Gradient, params: PyTree | None
 ) -> jax.Array:
     """Asks ``skip`` about the gradient; tables are to it the values of their slices."""
-    if skip is None:
+    if options.skip is None:
         return jnp.bool_(False)
     values = [zero_padding(g).values if is_slices(g) else g for g in grad.leaves]
     treedef = jax.tree.structure(state.sums, is_leaf=is_accumulator)
-    answer = skip(jax.tree.unflatten(treedef, values), state.global_step, params)
+    answer = options.skip(jax.tree.unflatten(treedef, values), state.global_step, params)
     # optax's predicates also return what they found.
     return jnp.asarray(answer[0] if isinstance(answer, tuple) else answer, bool)
 
@@ -215,7 +222,7 @@ def _weighted(grad: Any, weight: jax.Array) -> Any:
 
 
 def _raise_if_refused(
-    verdict: jax.Array, state: MicroBatchState, grads: list[Any], on_overflow: OnOverflow
+    verdict: jax.Array, state: MicroBatchState, grads: list[Any], options: Options
 ) -> None:
     if isinstance(verdict, jax.core.Tracer):
         return
@@ -224,7 +231,7 @@ def _raise_if_refused(
         for grad, (path, total) in zip(grads, paths, strict=True):
             if is_slices(grad):  # the first leaf at fault raises
                 check_indices(grad, total.dense_shape[0], f"updates{jax.tree_util.keystr(path)}")
-    if verdict == Verdict.OVERFLOW and on_overflow == "refuse":
+    if verdict == Verdict.OVERFLOW and options.on_overflow == "refuse":
         capacities = [
             total.capacity
             for total in jax.tree.leaves(state.sums, is_leaf=is_accumulator)

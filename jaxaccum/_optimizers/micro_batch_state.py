@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+import operator
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 
-from jaxaccum._accumulator.state import AccumulatorState, Reduction
+from jaxaccum._accumulator.state import AccumulatorState, Reduction, Verdict, as_int32
 from jaxaccum._accumulator.state import init as init_sums
+from jaxaccum._distributed.exchange import AxisName
 from jaxaccum._optimizers.lazy_rows import flatten_like
+from jaxaccum._optimizers.varying import vary_along
 from jaxaccum._rows.public import public
+from jaxaccum._rows.tables import select_tables
 from jaxaccum._rows.tree import PyTree
 from jaxaccum._rows.unique_rows import sum_dtype
+
+# What devices do not have in common.
+_OWN = (
+    "sums",
+    "num_accumulated",
+    "peak_rows",
+    "verdict",
+    "verdict_counts",
+    "total_weight",
+    "staleness_counts",
+)
 
 
 @public
@@ -75,12 +93,81 @@ class MicroBatchState:
     total_weight: jax.Array | None = None
     staleness_counts: jax.Array | None = None
 
+    def map_own(self, fun: Callable[[Any], Any]) -> MicroBatchState:
+        """Applies ``fun`` to the leaves that each device has of its own, given an ``axis_name``.
+
+        All but ``inner_state``, ``global_step`` and ``num_early``, which devices have in common.
+        With it own leaves get and lose a leading axis of devices, and a spec of their own::
+
+            state = tx.init(params).map_own(lambda leaf: jnp.stack([leaf] * num_devices))
+            specs = jax.tree.map(lambda _: P(), state).map_own(lambda _: P("data"))
+            # and inside of jax.shard_map
+            state = state.map_own(lambda leaf: leaf[0])
+        """
+        own = {name: jax.tree.map(fun, getattr(self, name)) for name in _OWN}
+        return dataclasses.replace(self, **own)
+
+
+OnOverflow = Literal["step", "refuse"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `accumulate` was told; see there."""
+
+    num_required: int | Callable[[jax.Array], ArrayLike]
+    tables: PyTree
+    capacity: PyTree
+    reduction: Reduction
+    on_overflow: OnOverflow
+    skip: Callable[[PyTree, jax.Array, PyTree | None], Any] | None
+    max_staleness: int
+    staleness_weight: Callable[[jax.Array], ArrayLike] | None
+    axis_name: AxisName | None
+
+    def __post_init__(self) -> None:
+        if not callable(self.num_required) and int(self.num_required) < 1:
+            raise ValueError(f"num_required must be positive, got {self.num_required}")
+        if self.on_overflow not in get_args(OnOverflow):
+            known = get_args(OnOverflow)
+            raise ValueError(f"on_overflow must be one of {known}, got {self.on_overflow!r}")
+        if operator.index(self.max_staleness) < 0:
+            raise ValueError(f"max_staleness must not be negative, got {self.max_staleness}")
+        if self.staleness_weight is not None and self.axis_name is not None:
+            raise ValueError("staleness_weight must be None with axis_name: counts go as integers")
+
+    def required(self, state: MicroBatchState) -> jax.Array | np.int32:
+        """How many gradients the next step takes."""
+        count = self.num_required
+        return as_int32(count(state.global_step) if callable(count) else count, "num_required")
+
+
+def init_state(tx: Any, options: Options, params: PyTree) -> MicroBatchState:
+    """Returns the state before the first gradient; ``tx`` is what `lazy_rows` returned."""
+    selected = select_tables(options.tables, params)
+    tx.update.check(params, selected)
+    is_weighted, ages = options.staleness_weight is not None, options.max_staleness + 2
+    sum_of = functools.partial(_new_sum, reduction=options.reduction, is_weighted=is_weighted)
+    state = MicroBatchState(
+        sums=jax.tree.map(sum_of, params, selected, _capacities(options.capacity, params)),
+        inner_state=tx.init(params),
+        num_accumulated=jnp.int32(0),
+        global_step=jnp.int32(0),
+        num_early=jnp.int32(0),
+        peak_rows=jnp.zeros(sum(map(bool, jax.tree.leaves(selected))), jnp.int32),
+        verdict=jnp.int32(Verdict.ACCEPTED),
+        verdict_counts=jnp.zeros(len(Verdict), jnp.int32),
+        total_weight=jnp.float32(0) if is_weighted else None,
+        staleness_counts=jnp.zeros(ages, jnp.int32) if options.max_staleness else None,
+    )
+    return state.map_own(functools.partial(vary_along, axis_name=options.axis_name))
+
 
 def is_accumulator(node: object) -> bool:
     return isinstance(node, AccumulatorState)
 
 
-def capacities(capacity: PyTree, params: PyTree) -> PyTree:
+def _capacities(capacity: PyTree, params: PyTree) -> PyTree:
     try:
         return jax.tree.map(
             lambda number, subtree: jax.tree.map(lambda _: number, subtree),
@@ -92,7 +179,7 @@ def capacities(capacity: PyTree, params: PyTree) -> PyTree:
         raise ValueError(f"capacity must match params or be a prefix of it: {err}") from None
 
 
-def new_sum(
+def _new_sum(
     param: Any, is_table: bool, capacity: Any, *, reduction: Reduction, is_weighted: bool
 ) -> Any:
     dtype = sum_dtype(jnp.result_type(param))

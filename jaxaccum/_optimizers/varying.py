@@ -28,3 +28,11 @@ def vary_like(tree: _Tree, *others: Any, along: jax.Array) -> _Tree:
         return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
 
     return jax.tree.map(vary, tree, *others)
+
+
+def vary_along(leaf: jax.Array, axis_name: Any) -> jax.Array:
+    """Marks ``leaf`` as varying along mesh axes, which need not be mapped over here."""
+    names = axis_name if isinstance(axis_name, tuple) else (axis_name,)
+    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+    missing = tuple((manual & set(names)) - varying_axes(leaf))
+    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
