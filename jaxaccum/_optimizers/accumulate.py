@@ -167,9 +167,12 @@ def _update(
         take_step, tx, options, grad.dtypes, extra_args, params
     )
 
+    def add(state: MicroBatchState, is_open: jax.Array | None) -> tuple[MicroBatchState, jax.Array]:
+        return add_gradient(options, state, grad, admitted, is_open)
+
     def turn(carry: _Carry) -> _Carry:
         is_open = None if options.axis_name is None else carry.is_mine
-        state, is_mine = add_gradient(options, carry.state, grad, admitted, is_open)
+        state, is_mine = add(carry.state, is_open)
         is_early, num_held = over_devices(is_mine, state.num_accumulated, options.axis_name)
         state = dataclasses.replace(state, num_early=saturating_add(state.num_early, is_early))
         ready = is_early | (is_enough(num_held, options.required(state)) & ~carry.is_retry)
@@ -184,7 +187,7 @@ def _update(
     # Jitted, it is traced once for its shapes and its branch together.
     step = jax.jit(step, inline=True)
     start = start._replace(updates=no_updates(step, state))
-    end = turn(start) if options.on_overflow == "refuse" else _loop(turn, start)
+    end = _take_turns(options, add, turn, start)
     return end.updates, end.state
 
 
@@ -213,8 +216,22 @@ def _is_traced(leaf: object) -> bool:
     return isinstance(leaf, jax.core.Tracer)
 
 
-def _loop(turn: Callable[[_Carry], _Carry], start: _Carry) -> _Carry:
+def _take_turns(
+    options: Options,
+    add: Callable[..., tuple[MicroBatchState, jax.Array]],
+    turn: Callable[[_Carry], _Carry],
+    start: _Carry,
+) -> _Carry:
     """Takes turns while the gradient is still to be added."""
+    if options.on_overflow == "refuse" or options.axis_name is not None:
+        end = turn(start)
+        if options.on_overflow == "refuse":
+            return end
+        # Not in a loop: collectives in a conditional in a loop crash jax 0.10's compiler for CPUs.
+        state = _choose(
+            end.is_open, lambda state: add(state, end.is_mine)[0], lambda state: state, end.state
+        )
+        return end._replace(state=state)
     if jax.sharding.get_abstract_mesh().manual_axes:
         # What comes out of a second turn may vary along more axes than what comes out of the first.
         for _ in range(2):
@@ -226,19 +243,23 @@ def _loop(turn: Callable[[_Carry], _Carry], start: _Carry) -> _Carry:
     )
 
 
+def _choose(
+    which: jax.Array, yes: Callable[..., Any], no: Callable[..., Any], *operands: Any
+) -> Any:
+    """`jax.lax.cond` of branches whose results may vary along different mesh axes."""
+    kinds = jax.eval_shape(yes, *operands), jax.eval_shape(no, *operands)
+
+    def alike(branch: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *operands: vary_like(branch(*operands), *kinds, along=which)
+
+    return jax.lax.cond(which, alike(yes), alike(no), *operands)
+
+
 def _step_or_rest(
     ready: jax.Array, step: Callable[..., Any], state: MicroBatchState, nothing: PyTree
 ) -> tuple[PyTree, MicroBatchState]:
     if _is_traced(ready):
-        kinds = jax.eval_shape(step, state), (nothing, state)
-        alike = functools.partial(vary_like, along=ready)
-        result = jax.lax.cond(
-            ready,
-            lambda state, _: alike(step(state), *kinds),
-            lambda state, nothing: alike((nothing, state), *kinds),
-            state,
-            nothing,
-        )
+        result = _choose(ready, lambda s, _: step(s), lambda s, u: (u, s), state, nothing)
         return cast("tuple[PyTree, MicroBatchState]", result)
     # A conditional would be compiled every time.
     return step(state) if ready else (nothing, state)
