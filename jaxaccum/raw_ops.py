@@ -18,7 +18,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxaccum._coordinator.coordinator import Coordinator
 from jaxaccum._coordinator.errors import InvalidArgumentError
-from jaxaccum._sparse_ops.ops import sparse_add, sparse_add_grad, sparse_slice, sparse_slice_grad
+from jaxaccum._sparse_ops.ops import sparse_add, sparse_slice
+from jaxaccum._sparse_ops.raw_grads import pull_slice, sparse_add_grad
 from jaxaccum._tensorflow import raw_checks as checks
 from jaxaccum._tensorflow.conditional_accumulator import SparseConditionalAccumulator
 from jaxaccum._tensorflow.sparse_gradient import SparseGradient, as_tuple
@@ -29,19 +30,42 @@ _Handle = SparseConditionalAccumulator | Coordinator
 _Array = ArrayLike | Sequence[Any]
 
 
-class _SparseSum(NamedTuple):
+class SparseSum(NamedTuple):
+    """What `SparseAdd` returns.
+
+    Attributes:
+      sum_indices: int32 ``[nnz, ndims]``, ascending.
+      sum_values: ``[nnz]``.
+      sum_shape: int64 ``[ndims]``, in host memory.
+    """
+
     sum_indices: jax.Array
     sum_values: jax.Array
     sum_shape: np.ndarray
 
 
-class _SparsePart(NamedTuple):
+class SparsePart(NamedTuple):
+    """What `SparseSlice` returns.
+
+    Attributes:
+      output_indices: int32 ``[nnz, ndims]``, ascending.
+      output_values: ``[nnz]``.
+      output_shape: int64 ``[ndims]``, in host memory.
+    """
+
     output_indices: jax.Array
     output_values: jax.Array
     output_shape: np.ndarray
 
 
-class _AddGrads(NamedTuple):
+class AddGrads(NamedTuple):
+    """What `SparseAddGrad` returns.
+
+    Attributes:
+      a_val_grad: ``[nnz_a]``.
+      b_val_grad: ``[nnz_b]``.
+    """
+
     a_val_grad: jax.Array
     b_val_grad: jax.Array
 
@@ -88,10 +112,10 @@ def SparseAccumulatorApplyGradient(
     checks.integers("local_step", local_step)
     checks.integers("gradient_indices", gradient_indices)
     return _core(handle).apply(
+        local_step,
         gradient_indices,
         gradient_values,
         gradient_shape if has_known_shape else None,
-        local_step,
     )
 
 
@@ -165,7 +189,7 @@ def SparseAdd(
     b_shape: _Array,
     thresh: ArrayLike,
     name: str | None = None,
-) -> _SparseSum:
+) -> SparseSum:
     """Adds two sparse arrays; `jaxaccum.sparse_add` says how.
 
     Args:
@@ -193,7 +217,7 @@ def SparseAdd(
     checks.add(a_indices, a_values, a_shape, b_indices, b_values, b_shape, thresh)
     a = _bcoo(a_indices, a_values, a_shape)
     b = _bcoo(b_indices, b_values, b_shape)
-    return _SparseSum(*_trimmed(sparse_add(a, b, thresh)))
+    return SparseSum(*_trimmed(sparse_add(a, b, thresh)))
 
 
 def SparseAddGrad(
@@ -203,7 +227,7 @@ def SparseAddGrad(
     b_indices: _Array,
     sum_indices: _Array,
     name: str | None = None,
-) -> _AddGrads:
+) -> AddGrads:
     """Returns the gradients of the operands of `SparseAdd`.
 
     Args:
@@ -227,7 +251,7 @@ def SparseAddGrad(
     """
     checks.add_grad(backprop_val_grad, a_indices, b_indices, sum_indices)
     rows = map(_index_array, (a_indices, b_indices, sum_indices))
-    return _AddGrads(*sparse_add_grad(jnp.asarray(backprop_val_grad), *rows))
+    return AddGrads(*sparse_add_grad(jnp.asarray(backprop_val_grad), *rows))
 
 
 def SparseSlice(
@@ -238,7 +262,7 @@ def SparseSlice(
     start: _Array,
     size: _Array,
     name: str | None = None,
-) -> _SparsePart:
+) -> SparsePart:
     """Cuts a box out of a sparse array; `jaxaccum.sparse_slice` says how.
 
     Args:
@@ -264,7 +288,7 @@ def SparseSlice(
     checks.slice_(indices, values, shape, start, size)
     x = _bcoo(indices, values, shape)
     box = [tuple(np.asarray(bound).tolist()) for bound in (start, size)]
-    return _SparsePart(*_trimmed(sparse_slice(x, *box)))
+    return SparsePart(*_trimmed(sparse_slice(x, *box)))
 
 
 def SparseSliceGrad(
@@ -300,11 +324,12 @@ def SparseSliceGrad(
     Source: TensorFlow's ``tf.raw_ops.SparseSliceGrad``.
     """
     checks.slice_grad(backprop_val_grad, input_indices, input_start, output_indices)
-    return sparse_slice_grad(
+    return pull_slice(
         jnp.asarray(backprop_val_grad),
         _index_array(input_indices),
         np.asarray(input_start),
         _index_array(output_indices),
+        allow_padding=False,
     )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 import operator
 from typing import Literal, get_args
 
@@ -14,9 +13,9 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxaccum._accumulator.row_index import DirectMap, HashTable
-from jaxaccum._rows.indexed_slices import canonical_shape, padding_index
-from jaxaccum._rows.public import public
-from jaxaccum._rows.unique_rows import sum_dtype
+from jaxaccum._rows.public import public, pytree
+from jaxaccum._rows.row_arithmetic import sum_dtype
+from jaxaccum._rows.shapes import canonical_shape, padding_index
 
 Reduction = Literal["mean_per_row", "mean_per_gradient", "sum"]
 
@@ -38,8 +37,7 @@ class Verdict(enum.IntEnum):
 
 
 @public
-@functools.partial(
-    jax.tree_util.register_dataclass,
+@pytree(
     data_fields=[
         "indices",
         "values",
@@ -148,9 +146,7 @@ def init(
     held_dtype = _numeric_dtype(accumulator_dtype, "accumulator_dtype")
     if not np.can_cast(dtype, held_dtype):
         raise ValueError(f"accumulator_dtype {held_dtype} cannot hold sums of dtype {dtype}")
-    capacity = operator.index(capacity)
-    if not 1 <= capacity < 2**30 + 1:
-        raise ValueError(f"capacity must be from 1 to 2**30, got {capacity}")
+    capacity = as_capacity(capacity)
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
     rows, *row = shape
@@ -200,6 +196,14 @@ def set_step(state: AccumulatorState, new_step: ArrayLike) -> AccumulatorState:
 @jax.jit
 def _set_step(state: AccumulatorState, new_step: jax.Array) -> AccumulatorState:
     return dataclasses.replace(state, global_step=jnp.asarray(new_step))
+
+
+def as_capacity(capacity: int) -> int:
+    """Returns a number of rows to have room for, or raises ``ValueError``."""
+    capacity = operator.index(capacity)
+    if not 1 <= capacity <= 2**30:
+        raise ValueError(f"capacity must be from 1 to 2**30, got {capacity}")
+    return capacity
 
 
 def as_int32(value: ArrayLike, name: str) -> jax.Array | np.int32:

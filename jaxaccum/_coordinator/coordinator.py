@@ -1,7 +1,12 @@
-"""Many threads, one accumulator: the lock, and the queue of those who wait to take.
+"""Many threads, one thing accumulated: the lock, the step, and the queue of those who wait to take.
 
-What is stale, how many are there and whether there is room is known on the host, so an apply is a
-dispatch under the lock and waits for no device. Nobody who waits holds the lock.
+What is accumulated, and where, this file does not know: see `Accumulated`. What is stale and how
+many gradients are there is known on the host, so nothing here waits for a device, and nobody who
+waits holds the lock.
+
+Python runs signal handlers in the main thread, between any two calls it makes, so also while that
+thread holds the lock. A handler that raises is met by the order in which things are done; one that
+calls this very object is refused, except that it may close it.
 """
 
 from __future__ import annotations
@@ -10,156 +15,149 @@ import asyncio
 import collections
 import logging
 import math
-import operator
 import threading
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NoReturn, TypeVar
 
-import jax
 import numpy as np
 
-from jaxaccum._coordinator.device_state import DeviceState, Taken
+from jaxaccum._coordinator.accumulated import Accumulated, Taken
+from jaxaccum._coordinator.arguments import as_required, as_step, as_timeout
 from jaxaccum._coordinator.errors import CancelledError, DeadlineExceededError, InvalidArgumentError
-from jaxaccum._coordinator.host_gradient import GradientReader, as_step, brackets
-from jaxaccum._coordinator.placement import Placement
+from jaxaccum._coordinator.placement import outside_mesh
 from jaxaccum._coordinator.spec import Spec
-from jaxaccum._rows.indexed_slices import IndexedSlices
 
 logger = logging.getLogger("jaxaccum")
+_Result = TypeVar("_Result")
 
 
 class Waiter:
-    """A place in the queue.
+    """Somebody in the queue.
 
     Attributes:
       num_required: gradients waited for.
-      wake: called when there is an outcome, perhaps repeatedly, by any thread.
+      wake: called when there is an outcome, perhaps repeatedly, by any thread; returns False where
+        the waiter can no longer be woken.
       outcome: a list of one: ``None`` while waiting, then what was taken or an exception. Written
         under the lock.
+      is_queued: whether the waiter has entered the queue.
     """
 
-    __slots__ = ("num_required", "outcome", "wake")
+    __slots__ = ("is_queued", "num_required", "outcome", "wake")
 
     def __init__(self, num_required: int, wake: Callable[[], object]) -> None:
         self.num_required = num_required
         self.wake = wake
         self.outcome: list[Taken | Exception | None] = [None]
-
-    def arrays(self) -> tuple[jax.Array, ...]:
-        """Returns what the device may still be at work on."""
-        (taken,) = self.outcome
-        return taken.arrays or () if isinstance(taken, Taken) else ()
+        self.is_queued = False
 
 
 class Coordinator:
-    """The accumulator behind one or several handles.
+    """What one or several handles share.
 
-    A waiter that has an outcome but has not been woken stays at the head of the queue, so that an
-    apply interrupted between the two is finished by whoever comes next.
+    A waiter that has an outcome but has not been woken stays at the head of the queue, so that a
+    call interrupted between the two is finished by whoever comes next.
+
+    Args:
+      spec: what all who share this must agree on.
+      name: for error messages.
+      accumulated: what is guarded.
     """
 
-    def __init__(self, spec: Spec, name: str, capacity: int | None, placement: Placement) -> None:
+    def __init__(self, spec: Spec, name: str, accumulated: Accumulated) -> None:
         self.spec = spec
         self.is_closed = False
         self._name = name
-        self._reader = GradientReader(spec.dtype, spec.shape, placement.gradients)
-        self._state = DeviceState(spec, capacity, placement)
-        # Reentrant, for a signal handler may close what its own thread is just applying to.
+        self._accumulated = accumulated
+        self._counts = accumulated.counts
+        # Reentrant, so that a signal handler need not wait for its own thread; see `_locked`.
         self._lock = threading.RLock()
+        self._is_busy = False
         self._queue: collections.deque[Waiter] = collections.deque()
         # Outcomes whose takers went away before they had seen them, for those who come next.
         self._unclaimed: collections.deque[Waiter] = collections.deque()
         self._num_stale = 0
         self._num_invalid = 0
 
-    def apply(
-        self,
-        indices: Any,
-        values: Any,
-        dense_shape: Any,
-        local_step: Any,
-        *,
-        padding: int | None = None,
-        validate: bool = True,
-    ) -> bool:
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuses to be pickled or copied, and says what to do instead."""
+        raise TypeError(
+            "an accumulator can be neither pickled nor copied: it is one object of one process. "
+            "Pass it to threads as it is or make another handle with the same shared_name; "
+            "elsewhere make a new one and load what state_dict() returns"
+        )
+
+    @outside_mesh
+    def apply(self, local_step: Any, *gradient: Any) -> bool:
         """Adds a gradient; returns whether it was accepted rather than stale."""
-        local_step = as_step(local_step, "local_step")
-        state = self._state
-        # Most are not stale, which it takes no lock to see: it is looked at again below.
-        if local_step < state.global_step and self._is_stale(local_step):
-            return False
+        local_step, read, counts = as_step(local_step, "local_step"), None, self._counts
         try:
-            # Outside the lock, for it may copy much. It reads nothing that changes.
-            gradient = self._reader.read(
-                indices, values, dense_shape, padding=padding, validate=validate
-            )
-            with self._lock:
-                is_late = self.is_closed or local_step < state.global_step
-                if is_late and self._is_stale(local_step):
-                    return False
-                try:
-                    state.add(gradient)
-                finally:
-                    self._settle()
+            while True:
+                if read is None and local_step >= counts.global_step:
+                    # Outside the lock, for it may copy much. It reads nothing that changes.
+                    read = self._accumulated.read(*gradient)
+                outcome = self._locked(self._add, read, local_step)
+                if outcome is True or outcome is False:
+                    return outcome
+                if outcome is not None:
+                    outcome()
         except InvalidArgumentError:
             with self._lock:
                 self._num_invalid += 1
             raise
-        return True
 
-    def take(self, num_required: Any, timeout: float | None, *, trim: bool) -> IndexedSlices:
+    @outside_mesh
+    def take(self, num_required: Any, timeout: float | None, *, trim: bool) -> Any:
         """Waits for ``num_required`` gradients and takes all there are."""
-        num_required, timeout = _as_required(num_required), _as_timeout(timeout)
-        event = threading.Event()
-        waiter = Waiter(num_required, event.set)
+        timeout, event = as_timeout(timeout), threading.Event()
+        waiter = Waiter(as_required(num_required), event.set)
         try:
             self._enqueue(waiter)
             if not _wait(event, timeout):
-                self._expire(waiter)
+                self._locked(self._expire, waiter)
             return self._collect(waiter, trim=trim)
         except BaseException:
             self._leave(waiter)
             raise
 
-    async def take_async(
-        self, num_required: Any, timeout: float | None, *, trim: bool
-    ) -> IndexedSlices:
+    async def take_async(self, num_required: Any, timeout: float | None, *, trim: bool) -> Any:
         """Waits as `take` does, but lets the event loop run meanwhile."""
-        num_required, timeout = _as_required(num_required), _as_timeout(timeout)
-        loop, event = asyncio.get_running_loop(), asyncio.Event()
+        timeout, event, loop = as_timeout(timeout), asyncio.Event(), asyncio.get_running_loop()
 
-        def wake() -> None:
+        def wake() -> bool:
             try:
                 loop.call_soon_threadsafe(event.set)
             except RuntimeError:  # the loop is closed, and the waiter gone with it
-                self._leave(waiter)
+                return False
+            return True
 
-        waiter = Waiter(num_required, wake)
+        waiter = Waiter(as_required(num_required), wake)
         try:
-            self._enqueue(waiter)
+            while (compile_ahead := self._locked(self._append, waiter)) is not None:
+                await asyncio.to_thread(compile_ahead)
             try:
                 await asyncio.wait_for(event.wait(), timeout)
             except TimeoutError:
-                self._expire(waiter)
-            await asyncio.to_thread(jax.block_until_ready, waiter.arrays())
-            return self._collect(waiter, trim=trim)
+                self._locked(self._expire, waiter)
+            return await asyncio.to_thread(self._collect, waiter, trim=trim)
         except BaseException:
             self._leave(waiter)
             raise
 
     def num_accumulated(self) -> int:
         """Returns how many gradients were accepted since the last take."""
-        with self._lock:
-            self._check_open()
-            return self._state.num_accumulated
+        return self._locked(self._if_open, lambda: self._counts.num_accumulated)
 
     def set_global_step(self, new_global_step: Any) -> None:
-        """Sets the step; the queue is not looked at, for no count has changed."""
+        """Sets the step; what is accumulated stays and counts."""
         new = as_step(new_global_step, "new_global_step")
-        with self._lock:
-            self._check_open()
-            old, self._state.global_step = self._state.global_step, new
+
+        def exchange() -> int:
+            old, self._counts.global_step = self._counts.global_step, new
+            return old
+
+        old = self._locked(self._if_open, exchange)
         if new < old:
             logger.warning(
                 "Attempt to set current_global_step_ to smaller value: "
@@ -168,106 +166,144 @@ class Coordinator:
                 new,
             )
 
+    @outside_mesh
     def statistics(self) -> dict[str, Any]:
         """Returns counts since the beginning, and what is held now."""
-        with self._lock:
-            self._check_open()
-            state = self._state
-            try:
-                return {
-                    "accepted": state.num_accepted,
-                    "stale": self._num_stale,
-                    "invalid": self._num_invalid + state.num_invalid,
-                    "taken": state.num_taken,
-                    "grown": state.num_grown,
-                    "waiting": len(self._queue),
-                    "unclaimed": len(self._unclaimed),
-                    "num_accumulated": state.num_accumulated,
-                    "global_step": state.global_step,
-                    "rows": state.num_rows(),
-                    "capacity": state.capacity,
-                    "compiled_sizes": sorted(state.sizes),
-                }
-            finally:
-                self._settle()
 
+        def count() -> dict[str, Any]:
+            return {
+                "accepted": self._counts.num_accepted,
+                "stale": self._num_stale,
+                "invalid": self._num_invalid,
+                "taken": self._counts.num_taken,
+                "waiting": len(self._queue),
+                "unclaimed": len(self._unclaimed),
+                "num_accumulated": self._counts.num_accumulated,
+                "global_step": self._counts.global_step,
+            } | self._accumulated.statistics()
+
+        return self._locked(self._if_open, count)
+
+    @outside_mesh
     def state_dict(self) -> dict[str, np.ndarray]:
         """Returns what is accumulated."""
-        with self._lock:
-            self._check_open()
-            try:
-                return self._state.save()
-            finally:
-                self._settle()
+        return self._locked(self._if_open, self._accumulated.save)
 
+    @outside_mesh
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Replaces what is accumulated."""
-        with self._lock:
-            self._check_open()
-            self._state.load(saved)
-            self._settle()
+        self._locked(self._if_open, lambda: self._accumulated.load(saved))
 
     def close(self) -> None:
-        """Cancels all who wait and frees the state."""
+        """Cancels all who wait and frees the state.
+
+        Called by a signal handler in the middle of a call, it lets that call come to its end first.
+        """
+        self.is_closed = True
         with self._lock:
-            self.is_closed = True
-            while self._queue:
-                head = self._queue[0]
-                if head.outcome[0] is None:
-                    head.outcome[0] = CancelledError("TakeGrad operation was cancelled")
-                self._release(head)
-            self._unclaimed.clear()
-            self._state.clear()
+            if self._is_busy:
+                return
+            self._is_busy = True
+            try:
+                while self._queue:
+                    head = self._queue[0]
+                    if head.outcome[0] is None:
+                        head.outcome[0] = CancelledError("TakeGrad operation was cancelled")
+                    self._release(head)
+                self._unclaimed.clear()
+                self._accumulated.clear()
+            finally:
+                self._is_busy = False
+
+    def _locked(self, act: Callable[..., _Result], *args: Any) -> _Result:
+        """Calls ``act`` under the lock, alone, and serves whom it has made ready.
+
+        Between the lock and ``_is_busy``, and between that and what is done last, nothing is
+        called: there a signal handler finds everything at rest, elsewhere it finds ``_is_busy``.
+        """
+        with self._lock:
+            if self._is_busy:
+                self._check_open()
+                raise RuntimeError(
+                    f"accumulator {self._name} is in the middle of a call of this very thread, "
+                    "which a signal handler (or a callback) has interrupted: there it can be "
+                    "closed, and nothing else; set a flag, and look after the call"
+                )
+            self._is_busy = True
+            try:
+                try:
+                    return act(*args)
+                except BaseException:
+                    self._close_if_lost()
+                    raise
+                finally:
+                    if self._queue:
+                        self._serve()
+            finally:
+                self._is_busy = False
+                if self.is_closed:
+                    self.close()
 
     def _check_open(self) -> None:
         if self.is_closed:
             raise CancelledError(f"Attempted to use a closed accumulator: {self._name}")
 
-    def _is_stale(self, local_step: int) -> bool:
-        with self._lock:
-            self._check_open()
-            if local_step >= self._state.global_step:
-                return False
+    def _if_open(self, act: Callable[[], _Result]) -> _Result:
+        self._check_open()
+        return act()
+
+    def _add(self, gradient: Any, local_step: int) -> bool | Callable[[], object] | None:
+        """Adds a gradient unless it is stale.
+
+        Returns:
+          Whether it was accepted; or what has to be compiled first; or ``None`` where it has not
+          been read, for it was stale when last looked at.
+        """
+        self._check_open()
+        counts, queue = self._counts, self._queue
+        if local_step < counts.global_step:
             self._num_stale += 1
-            self._serve()
-            logger.debug("stale gradient: %d < %d", local_step, self._state.global_step)
+            logger.debug("stale gradient: %d < %d", local_step, counts.global_step)
+            return False
+        if gradient is None:
+            return None
+        will_take = bool(queue) and queue[0].num_required <= counts.num_accumulated + 1
+        compile_ahead = self._accumulated.prepare(gradient, will_take)
+        if compile_ahead is None:
+            self._accumulated.add(gradient)
             return True
+        return compile_ahead
 
     def _enqueue(self, waiter: Waiter) -> None:
-        with self._lock:
-            self._check_open()
-            self._queue.append(waiter)
-            self._serve()
+        """Puts a waiter at the end of the queue, and serves it if its turn has come."""
+        while (compile_ahead := self._locked(self._append, waiter)) is not None:
+            compile_ahead()
 
-    def _settle(self) -> None:
-        """Ends whatever dispatches."""
-        self._close_if_lost()
-        if self._queue:
-            self._serve()
+    def _append(self, waiter: Waiter) -> Callable[[], object] | None:
+        """Puts a waiter at the end of the queue, or returns what has to be compiled first."""
+        self._check_open()
+        if not self._queue and waiter.num_required <= self._counts.num_accumulated:
+            compile_ahead = self._accumulated.prepare(None, True)
+            if compile_ahead is not None:
+                return compile_ahead
+        waiter.is_queued = True
+        self._queue.append(waiter)
+        return None
 
-    def _close_if_lost(self) -> None:
-        if self._state.is_lost():
-            logger.error("accumulator %s lost its rows in a call that failed", self._name)
-            self.close()
-
+    @outside_mesh
     def _serve(self) -> None:
         """Serves the head of the queue, and who comes after, for as long as it can."""
-        while self._queue:
+        while self._queue and not self.is_closed:
             head = self._queue[0]
             try:
-                if head.outcome[0] is None and not self._is_served(head):
+                if head.outcome[0] is None and not self._serve_head(head):
                     return
             finally:
                 if head.outcome[0] is not None:
                     self._release(head)
 
-    def _release(self, head: Waiter) -> None:
-        head.wake()
-        # Waking it may have closed the accumulator, or sent the waiter away.
-        if self._queue and self._queue[0] is head:
-            self._queue.popleft()
-
-    def _is_served(self, head: Waiter) -> bool:
+    def _serve_head(self, head: Waiter) -> bool:
+        """Gives ``head`` what nobody claimed, or all there is, if it is enough."""
         while self._unclaimed:
             (taken,) = self._unclaimed[0].outcome
             if isinstance(taken, Taken):
@@ -277,49 +313,51 @@ class Coordinator:
             self._unclaimed.popleft()
             if taken is not None:
                 return True
-        if self._state.num_accumulated < head.num_required:
+        if self._counts.num_accumulated < head.num_required:
             return False
         try:
-            self._state.take(head.outcome)
+            self._accumulated.take(head.outcome)
         except Exception as error:  # out of memory, say: the taker's concern, not the applier's
             head.outcome[0] = error
             self._close_if_lost()
         return True
 
+    def _release(self, head: Waiter) -> None:
+        """Wakes the head of the queue, which has its outcome, and lets it go."""
+        if head.wake() is False:
+            self._forget(head)
+        elif self._queue and self._queue[0] is head:
+            self._queue.popleft()
+
+    def _forget(self, waiter: Waiter) -> None:
+        """Takes a waiter out of the queue; what it has not collected is for the next."""
+        if waiter in self._queue:
+            self._queue.remove(waiter)
+        if isinstance(waiter.outcome[0], Taken) and not self.is_closed:
+            logger.warning("a taker left without its gradient; the next one gets it")
+            self._unclaimed.append(waiter)
+
+    def _close_if_lost(self) -> None:
+        if not self.is_closed and self._accumulated.is_lost():
+            logger.error("accumulator %s lost its rows in a call that failed", self._name)
+            self.is_closed = True  # `_locked` does the rest
+
     def _expire(self, waiter: Waiter) -> None:
-        with self._lock:
-            if waiter.outcome[0] is None:
-                self._leave(waiter)
-                raise DeadlineExceededError("Timed out waiting for notification")
+        """Ends a wait, unless there is an outcome just now."""
+        if waiter.outcome[0] is None and not self.is_closed:
+            self._forget(waiter)
+            raise DeadlineExceededError("Timed out waiting for notification")
 
     def _leave(self, waiter: Waiter) -> None:
-        """Forgets a waiter; what it was served and has not collected goes to the next."""
-        with self._lock:
-            if waiter in self._queue:
-                self._queue.remove(waiter)
-            if isinstance(waiter.outcome[0], Taken) and not self.is_closed:
-                logger.warning("a taker left without its gradient; the next one gets it")
-                self._unclaimed.append(waiter)
-            self._serve()
+        if waiter.is_queued:
+            self._locked(self._forget, waiter)
 
-    def _collect(self, waiter: Waiter, *, trim: bool) -> IndexedSlices:
+    def _collect(self, waiter: Waiter, *, trim: bool) -> Any:
         """Returns what the waiter was served, waiting for the device outside the lock."""
         (taken,) = waiter.outcome
-        if isinstance(taken, Exception):
-            raise taken
-        assert taken is not None
-        assert taken.arrays is not None
-        if taken.is_tentative:
-            facts = np.asarray(taken.arrays[2])
-            with self._lock:
-                try:
-                    self._state.settle(taken, facts)
-                except InvalidArgumentError:
-                    waiter.outcome[0] = None
-                    raise
-                finally:
-                    self._serve()
-        return self._state.gradient(taken, trim=trim)
+        if isinstance(taken, Taken):
+            return self._accumulated.deliver(taken, trim=trim)
+        raise taken or CancelledError("TakeGrad operation was cancelled")
 
 
 # A signal that comes just before the main thread blocks is noticed only when it wakes.
@@ -335,31 +373,3 @@ def _wait(event: threading.Event, timeout: float | None) -> bool:
         if event.wait(_NAP):
             return True
     return event.wait(max(left, 0.0))
-
-
-def _as_required(num_required: Any) -> int:
-    if num_required is None:
-        raise ValueError("None values not supported: num_required")
-    if type(num_required) is not int:
-        host = np.asarray(num_required)
-        if host.ndim != 0:
-            raise InvalidArgumentError(
-                f"Argument num_required must be scalar, but had bad shape {brackets(host.shape)}"
-            )
-        num_required = operator.index(host.item())
-    if num_required < 1:
-        raise InvalidArgumentError(
-            f"Argument num_required must be positive, but was {num_required}"
-        )
-    if num_required >= 2**31:
-        raise InvalidArgumentError(f"Argument num_required must fit int32, but was {num_required}")
-    return num_required
-
-
-def _as_timeout(timeout: float | None) -> float | None:
-    if timeout is None:
-        return None
-    seconds = float(timeout)
-    if seconds != seconds:
-        raise ValueError("timeout must be a number of seconds, got NaN")
-    return min(max(seconds, 0.0), threading.TIMEOUT_MAX)

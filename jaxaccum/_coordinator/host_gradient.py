@@ -1,32 +1,34 @@
 """Gradients as callers hand them over, checked and padded to one of a few sizes.
 
 Here run the checks that need no lock, in TensorFlow's order and with its messages. What lies in
-host memory is looked at and copied by NumPy, which compiles nothing; what lies on an accelerator
-stays there.
+host memory is looked at and copied by NumPy, which compiles nothing; values that lie on an
+accelerator stay there, indices are fetched to be looked at.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Iterable
 from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxaccum._coordinator.arguments import brackets
 from jaxaccum._coordinator.errors import InvalidArgumentError
-from jaxaccum._coordinator.staging import SMALL, aligned, num_bytes
-from jaxaccum._rows.indexed_slices import UNKNOWN_ROWS_PADDING, padding_index
+from jaxaccum._coordinator.placement import in_host_memory
+from jaxaccum._coordinator.spec import Spec
+from jaxaccum._coordinator.staging import SMALL, aligned, num_bytes, padded_size
+from jaxaccum._rows.shapes import UNKNOWN_ROWS_PADDING
 
-SMALLEST_SIZE = 32
 _INT32 = np.dtype(np.int32)
-_UNSIGNED = {
-    np.dtype(np.int64): np.uint64,
-    np.dtype(np.uint64): np.uint64,
-    np.dtype(np.int32): np.uint32,
-    np.dtype(np.uint32): np.uint32,
+_UINT64 = np.dtype(np.uint64)
+_UNSIGNED: dict[np.dtype, np.dtype] = {
+    np.dtype(np.int64): _UINT64,
+    _UINT64: _UINT64,
+    np.dtype(np.int32): np.dtype(np.uint32),
+    np.dtype(np.uint32): np.dtype(np.uint32),
 }
 
 
@@ -39,47 +41,33 @@ class HostGradient(NamedTuple):
       num_slices: how many slices come before the padding.
       size: to which they are padded.
       row: shape of one row.
-      rows: the row count whose end marks padding in ``indices``.
-      is_checked: whether the index values were looked at.
       is_small: whether it is to be copied to a stage, before the caller's call returns.
     """
 
-    indices: np.ndarray | jax.Array
+    indices: np.ndarray
     values: np.ndarray | jax.Array
     num_slices: int
     size: int
     row: tuple[int, ...]
-    rows: int | None
-    is_checked: bool
     is_small: bool
 
 
 class GradientReader:
-    """Reads gradients for an accumulator of one dtype, shape and place.
+    """Reads gradients for an accumulator.
 
     Args:
-      dtype: of the values.
-      shape: of the accumulator; ``()`` claims nothing, ``None`` entries are open.
-      place: where gradients are wanted, one copy on each device of the accumulator.
+      spec: of the accumulator.
+      sharding: where gradients are wanted, one copy on each device of the accumulator.
     """
 
-    def __init__(
-        self, dtype: np.dtype, shape: tuple[int | None, ...], place: jax.sharding.Sharding
-    ) -> None:
-        self._dtype = dtype
-        self._shape = shape
-        self._place = place
-        self._rows = shape[0] if shape else None
-        self._limit = padding_index(shape or None)
+    def __init__(self, spec: Spec, sharding: jax.sharding.Sharding) -> None:
+        self._dtype = spec.dtype
+        self._shape = spec.shape
+        self._padding = spec.padding
+        self._sharding = sharding
 
     def read(
-        self,
-        indices: Any,
-        values: Any,
-        dense_shape: Any,
-        *,
-        padding: int | None = None,
-        validate: bool = True,
+        self, indices: Any, values: Any, dense_shape: Any, padding: int | None = None
     ) -> HostGradient:
         """Checks a gradient against what is fixed for good, and pads it.
 
@@ -88,7 +76,6 @@ class GradientReader:
           values: one slice an index.
           dense_shape: what the gradient claims to be of, or ``None``.
           padding: the index that marks padding in this gradient, ``None`` if none does.
-          validate: whether to fetch indices from an accelerator to look at them.
 
         Raises:
           InvalidArgumentError: with TensorFlow's message.
@@ -108,21 +95,15 @@ class GradientReader:
             )
         if dense_shape is not None and self._shape and dense_shape is not self._shape:
             self._check_dense_shape(dense_shape)
-        is_checked = validate or type(indices) is np.ndarray or in_host_memory(indices)
-        if is_checked:
-            indices, rows = self._checked(np.asarray(indices), padding), self._rows
-        else:
-            rows = None if padding in (None, UNKNOWN_ROWS_PADDING) else padding
+        indices = self._check_range(np.asarray(indices), padding)
         size, row = padded_size(num_slices), shape[1:]
-        if isinstance(values, jax.Array) and num_slices != size and in_host_memory(values):
+        if not isinstance(values, np.ndarray) and num_slices != size and in_host_memory(values):
             values = np.asarray(values)
-        is_small = (
-            is_checked and type(values) is np.ndarray and num_bytes(size, row, self._dtype) <= SMALL
-        )
+        is_small = isinstance(values, np.ndarray) and num_bytes(size, row, self._dtype) <= SMALL
         if not is_small:
-            indices = self._padded(indices, size, padding_index((rows,)), _INT32)
-            values = self._padded(values, size, None, self._dtype)
-        return HostGradient(indices, values, num_slices, size, row, rows, is_checked, is_small)
+            indices = _pad(indices, size, self._padding, _INT32)
+            values = self._place(values, size)
+        return HostGradient(indices, values, num_slices, size, row, is_small)
 
     def _as_values(self, values: Any) -> np.ndarray | jax.Array:
         if type(values) is np.ndarray or isinstance(values, jax.Array):
@@ -130,7 +111,7 @@ class GradientReader:
         elif isinstance(values, (list, tuple, bool, int, float, complex)):
             return _converted(values, self._dtype)
         else:
-            host = np.asarray(values)
+            host = _unmasked(values, "grad_values")
         if host.dtype != self._dtype:
             raise InvalidArgumentError(
                 f"grad_values must be {self._dtype} as the accumulator, got {host.dtype}"
@@ -149,13 +130,13 @@ class GradientReader:
                     f"Shape mismatch: expected shape dim {i} to be {expected}, got {dim}"
                 )
 
-    def _checked(self, indices: np.ndarray, padding: int | None) -> np.ndarray:
+    def _check_range(self, indices: np.ndarray, padding: int | None) -> np.ndarray:
         """Returns indices in range, padding being the accumulator's."""
         unsigned = _UNSIGNED.get(indices.dtype)
         if unsigned is None:
             indices = _whole(indices)
-            unsigned = np.uint64
-        limit = self._limit
+            unsigned = _UINT64
+        limit = self._padding
         end = limit if padding is None else min(limit, padding)
         if not indices.size:
             return indices
@@ -172,58 +153,27 @@ class GradientReader:
         i = int(np.argmax(is_bad))
         raise InvalidArgumentError(_outlier(i, int(indices[i]), end))
 
-    def _padded(
-        self, array: np.ndarray | jax.Array, size: int, fill: int | None, dtype: np.dtype
-    ) -> np.ndarray | jax.Array:
-        """Returns an array no caller can change, of ``size`` slices, in the right place."""
-        num_slices = array.shape[0]
-        if isinstance(array, jax.Array):
-            array = _placed(array, self._place)
-            return array if num_slices == size else _pad(array, size, fill)
-        # XLA reads an aligned argument in place, long after the call: so it must be a copy, and an
-        # aligned one is the only copy made.
-        padded = aligned((size, *array.shape[1:]), dtype)
-        padded[:num_slices] = array
-        if fill is not None:
-            padded[num_slices:] = fill
-        return padded
-
-
-def padded_size(num_slices: int) -> int:
-    """Returns the size to which ``num_slices`` slices are padded: a power of two, 32 at least."""
-    return max(SMALLEST_SIZE, 1 << (num_slices - 1).bit_length()) if num_slices else SMALLEST_SIZE
-
-
-def in_host_memory(array: jax.Array) -> bool:
-    """Whether NumPy can look at ``array`` without a transfer."""
-    return next(iter(array.devices())).platform == "cpu"
-
-
-def brackets(shape: Iterable[int]) -> str:
-    """Returns ``shape`` as TensorFlow prints it."""
-    return f"[{','.join(map(str, shape))}]"
-
-
-def as_step(value: Any, name: str) -> int:
-    """Returns a scalar as a Python integer, cut off as TensorFlow casts it."""
-    if type(value) is int:
-        return value
-    if value is None:
-        raise ValueError(f"None values not supported: {name}")
-    host = np.asarray(value)
-    if host.ndim != 0:
-        raise InvalidArgumentError(
-            f"Argument {name} must be scalar, but had bad shape {brackets(host.shape)}"
-        )
-    if host.dtype.kind not in "biuf":
-        raise TypeError(f"{name} must be a number, got {value!r}")
-    return int(host)
+    def _place(self, values: np.ndarray | jax.Array, size: int) -> np.ndarray | jax.Array:
+        """Returns values no caller can change, of ``size`` slices, in the right place."""
+        if isinstance(values, np.ndarray):
+            return _pad(values, size, None, self._dtype)
+        if values.devices() != self._sharding.device_set:
+            values = jax.device_put(values, self._sharding)
+        return values if values.shape[0] == size else _pad_on_device(values, size)
 
 
 def _as_indices(indices: Any) -> np.ndarray | jax.Array:
     if type(indices) is np.ndarray or isinstance(indices, jax.Array):
         return indices
-    return np.asarray(indices)
+    return _unmasked(indices, "grad_indices")
+
+
+def _unmasked(given: Any, name: str) -> np.ndarray:
+    if isinstance(given, np.ma.MaskedArray):
+        raise InvalidArgumentError(
+            f"{name} must not be a masked array: fill it (numpy.ma.filled) or leave slices out"
+        )
+    return np.asarray(given)
 
 
 def _whole(indices: np.ndarray) -> np.ndarray:
@@ -281,13 +231,16 @@ def _entries(dense_shape: Any) -> list[int | None]:
     return cast("list[int | None]", np.asarray(dense_shape).astype(np.int64).ravel().tolist())
 
 
-def _placed(array: jax.Array, place: jax.sharding.Sharding) -> jax.Array:
-    if array.devices() == place.device_set:
-        return array
-    return jax.device_put(array, place)
+def _pad(array: np.ndarray, size: int, fill: int | None, dtype: np.dtype) -> np.ndarray:
+    # XLA reads an aligned argument in place, long after the call: so it must be a copy, and an
+    # aligned one is the only copy made.
+    padded = aligned((size, *array.shape[1:]), dtype)
+    padded[: array.shape[0]] = array
+    if fill is not None:
+        padded[array.shape[0] :] = fill
+    return padded
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2))
-def _pad(array: jax.Array, size: int, fill: int | None) -> jax.Array:
-    widths = [(0, size - array.shape[0])] + [(0, 0)] * (array.ndim - 1)
-    return jnp.pad(array, widths, constant_values=jnp.asarray(fill or 0, array.dtype))
+@functools.partial(jax.jit, static_argnums=1)
+def _pad_on_device(array: jax.Array, size: int) -> jax.Array:
+    return jnp.pad(array, [(0, size - array.shape[0])] + [(0, 0)] * (array.ndim - 1))

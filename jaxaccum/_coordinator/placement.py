@@ -1,20 +1,62 @@
-"""Where the coordinator's arrays live."""
+"""Where the coordinator's arrays live, whatever mesh the caller works under."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend.core import get_opaque_trace_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxaccum._accumulator.state import AccumulatorState
-from jaxaccum._coordinator.host_gradient import in_host_memory, padded_size
+from jaxaccum._coordinator.staging import padded_size
 
-_spec: Callable[..., PartitionSpec] = PartitionSpec  # jax leaves its constructor untyped
+_spec: Callable[..., PartitionSpec] = PartitionSpec  # jax leaves both untyped
+_trace_state: Callable[[], object] = get_opaque_trace_state
+_Args = ParamSpec("_Args")
+_Result = TypeVar("_Result")
+
+
+def outside_mesh(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+    """Decorates what is to run as if the caller had set no mesh.
+
+    The arrays here have devices of their own, which need not be those of `jax.set_mesh`.
+    """
+
+    @functools.wraps(function)
+    def call(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
+        # Also true inside jit, where the coordinator refuses to work in words of its own.
+        if jax.sharding.get_abstract_mesh().empty or is_traced():
+            return function(*args, **kwargs)
+        with jax.set_mesh(Mesh(np.empty((), object), ())):
+            return function(*args, **kwargs)
+
+    return call
+
+
+def is_traced() -> bool:
+    """Whether a trace is under way in this thread, which would record what is dispatched."""
+    now = _trace_state()
+    if now in _OUTSIDE:
+        return False
+    if isinstance(jnp.zeros((), jnp.int32), jax.core.Tracer):
+        return True
+    _OUTSIDE[:] = [now]
+    return False
+
+
+# What the state of tracing was when last found to be none: to look costs 0.2 us, to find out 20.
+_OUTSIDE: list[object] = []
+
+
+def in_host_memory(array: jax.Array) -> bool:
+    """Whether NumPy can look at ``array`` without a transfer."""
+    return next(iter(array.devices())).platform == "cpu"
 
 
 class Placement:
@@ -65,7 +107,7 @@ class Placement:
 def first_rows(array: jax.Array, num_rows: int) -> np.ndarray:
     """The first rows, in host memory: cut off on the device, each number would take a program."""
     if not in_host_memory(array):
-        array = _cut(array, min(padded_size(num_rows), array.shape[0]))
+        array = _cut(array, padded_size(num_rows, array.shape[0]))
     host = np.asarray(array)[:num_rows]
     # JAX reads host memory in place where it can. A few rows must not keep many alive.
     return host if 2 * num_rows > array.shape[0] else host.copy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Sequence
+from itertools import zip_longest
 from typing import Any, cast
 
 import jax
@@ -12,7 +13,8 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxaccum._accumulator.state import Reduction, init
-from jaxaccum._rows.indexed_slices import UNKNOWN_ROWS_PADDING
+from jaxaccum._coordinator.errors import InvalidArgumentError
+from jaxaccum._rows.shapes import UNKNOWN_ROWS_PADDING, padding_index
 
 _REDUCTIONS: dict[str, Reduction] = {
     "MEAN": "mean_per_row",
@@ -27,7 +29,8 @@ class Spec:
 
     Attributes:
       dtype: of the gradients.
-      shape: of the gradients; ``()`` claims nothing, ``None`` entries are open.
+      shape: of the gradients; ``()`` claims nothing, ``None`` entries are open. The one form an
+        unknown shape has on the host.
       reduction: what a take makes of the sums.
       sum_dtype: of the sums.
     """
@@ -36,6 +39,16 @@ class Spec:
     shape: tuple[int | None, ...]
     reduction: Reduction
     sum_dtype: np.dtype
+
+    @property
+    def rows(self) -> int | None:
+        """How many rows there are, ``None`` if unknown."""
+        return self.shape[0] if self.shape else None
+
+    @property
+    def padding(self) -> int:
+        """The index that marks padding."""
+        return padding_index((self.rows,))
 
     @classmethod
     def of(
@@ -60,6 +73,24 @@ class Spec:
         with jax.ensure_compile_time_eval():
             state = init((1,), dtype, capacity=1, accumulator_dtype=accumulator_dtype)
         return cls(state.dtype, _shape(shape), reduction, state.values.dtype)
+
+    def check_saved(self, indices: np.ndarray, values: np.ndarray, touches: np.ndarray) -> None:
+        """Raises unless rows, their sums and counts may be loaded."""
+        if values.dtype != self.sum_dtype:
+            raise InvalidArgumentError(
+                f"state must hold values of {self.sum_dtype}, got {values.dtype}"
+            )
+        num_rows, end = indices.size, self.padding
+        if not indices.shape == touches.shape == values.shape[:1] == (num_rows,):
+            raise InvalidArgumentError(
+                "state must hold as many indices, values and counts, got shapes "
+                f"{indices.shape}, {values.shape} and {touches.shape}"
+            )
+        row, expected = values.shape[1:], self.shape[1:]
+        if any(d not in (None, given) for d, given in zip_longest(expected, row[: len(expected)])):
+            raise InvalidArgumentError(f"state must hold rows of shape {expected}, got {row}")
+        if num_rows and not (0 <= indices.min() <= indices.max() < end):
+            raise InvalidArgumentError(f"state must hold indices from 0 to below {end}")
 
     def __str__(self) -> str:
         """Says it in the words of the constructor."""

@@ -11,14 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from jaxaccum._rows.indexed_slices import padding_index
-
 # A gradient of more bytes than this gains little: its copies and additions cost more than the
 # dispatch that staging spares.
 SMALL = 1 << 16
 _STAGE = 1 << 18
 _DEEPEST = 32
 _ALIGNMENT = 64
+_SMALLEST_SIZE = 32
 
 
 class Stage:
@@ -28,7 +27,7 @@ class Stage:
       size: slices of each, the last ones padding.
       row: shape of a row.
       dtype: of the values.
-      rows: the row count whose end marks padding.
+      padding: the index that marks padding.
 
     Attributes:
       indices: int32 ``[depth, size]``.
@@ -36,19 +35,18 @@ class Stage:
       num_staged: how many there are.
     """
 
-    __slots__ = ("_padding", "depth", "indices", "num_staged", "rows", "size", "values")
+    __slots__ = ("_padding", "depth", "indices", "num_staged", "size", "values")
 
-    def __init__(self, size: int, row: tuple[int, ...], dtype: np.dtype, rows: int | None) -> None:
+    def __init__(self, size: int, row: tuple[int, ...], dtype: np.dtype, padding: int) -> None:
         self.size = size
-        self.rows = rows
-        self._padding = padding_index((rows,))
+        self._padding = padding
         self.depth = stage_depth(size, row, dtype)
         self.indices = aligned((self.depth, size), np.dtype(np.int32))
         self.values = aligned((self.depth, size, *row), dtype)
         self.num_staged = 0
 
     def write(self, indices: Any, values: Any) -> None:
-        """Copies a gradient to the next place; it counts when ``num_staged`` does."""
+        """Copies a gradient in behind the others; it counts when ``num_staged`` does."""
         k, num_slices = self.num_staged, indices.shape[0]
         if num_slices == self.size:
             self.indices[k] = indices
@@ -67,6 +65,15 @@ def stage_depth(size: int, row: tuple[int, ...], dtype: np.dtype) -> int:
 def num_bytes(size: int, row: tuple[int, ...], dtype: np.dtype) -> int:
     """What a gradient of ``size`` slices takes."""
     return size * (4 + dtype.itemsize * math.prod(row))
+
+
+def padded_size(num_slices: int, limit: int | None = None) -> int:
+    """Returns the size ``num_slices`` slices are padded to: a power of two, 32 at least.
+
+    So a program is compiled for each of a few sizes only. Of ``limit``, no more than that.
+    """
+    size = _SMALLEST_SIZE if num_slices <= _SMALLEST_SIZE else 1 << (num_slices - 1).bit_length()
+    return size if limit is None else min(size, limit)
 
 
 def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:

@@ -27,6 +27,7 @@ from jaxaccum._optimizers.micro_batch_state import (
 from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._optimizers.take_step import no_updates, over_devices, take_step
 from jaxaccum._optimizers.varying import vary_like
+from jaxaccum._rows.opaque import fit_updates
 from jaxaccum._rows.tree import PyTree
 
 if TYPE_CHECKING:
@@ -145,7 +146,8 @@ def accumulate(
         local_step: ArrayLike | None = None,
         **extra_args: Any,
     ) -> tuple[PyTree, MicroBatchState]:
-        return _update(tx, options, updates, state, params, local_step, extra_args)
+        steps, state = _update(tx, options, updates, state, params, local_step, extra_args)
+        return fit_updates(steps, updates), state
 
     return optax.GradientTransformationExtraArgs(functools.partial(init_state, tx, options), update)
 

@@ -18,10 +18,11 @@ from jaxaccum._accumulator.state import init as init_sums
 from jaxaccum._distributed.exchange import AxisName
 from jaxaccum._optimizers.lazy_rows import flatten_like
 from jaxaccum._optimizers.varying import vary_along
-from jaxaccum._rows.public import public
+from jaxaccum._rows.on_mesh import match_rows
+from jaxaccum._rows.public import public, pytree
+from jaxaccum._rows.row_arithmetic import sum_dtype
 from jaxaccum._rows.tables import select_tables
 from jaxaccum._rows.tree import PyTree
-from jaxaccum._rows.unique_rows import sum_dtype
 
 # What devices do not have in common.
 _OWN = (
@@ -36,8 +37,7 @@ _OWN = (
 
 
 @public
-@functools.partial(
-    jax.tree_util.register_dataclass,
+@pytree(
     data_fields=[
         "sums",
         "inner_state",
@@ -187,8 +187,9 @@ def _new_sum(
         state = init_sums(param.shape, dtype, capacity=capacity, reduction=reduction)
         if is_weighted:
             state = dataclasses.replace(state, counts=jnp.zeros(state.capacity, jnp.float32))
-        return without_counters(state)
-    return jnp.zeros(jnp.shape(param), dtype)
+        values = match_rows(state.values, param)
+        return without_counters(dataclasses.replace(state, values=values))
+    return jnp.zeros_like(param, dtype)
 
 
 _COUNTERS = ("num_accumulated", "global_step", "verdict_counts", "num_shared", "shared_verdicts")

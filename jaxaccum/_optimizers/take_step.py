@@ -14,7 +14,6 @@ from jaxaccum._accumulator.state import AccumulatorState
 from jaxaccum._accumulator.take import take_if
 from jaxaccum._distributed.all_merge import union_gradient
 from jaxaccum._distributed.exchange import AxisName, all_gather, axis_size, exchange_union
-from jaxaccum._optimizers.lazy_rows import UniqueRows
 from jaxaccum._optimizers.micro_batch_state import (
     MicroBatchState,
     Options,
@@ -23,6 +22,7 @@ from jaxaccum._optimizers.micro_batch_state import (
     without_counters,
 )
 from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.opaque import UniqueRows
 from jaxaccum._rows.tree import PyTree
 from jaxaccum._rows.unique_rows import is_slices
 
@@ -96,10 +96,8 @@ def no_updates(step: Callable[..., Any], state: MicroBatchState) -> PyTree:
 
     def nothing(leaf: Any) -> Any:
         if not is_slices(leaf):
-            return jnp.zeros(leaf.shape, leaf.dtype)
+            return jnp.zeros_like(leaf)  # sharded alike, too
         indices = jnp.full(leaf.indices.shape, leaf.padding_index, jnp.int32)
-        return IndexedSlices(
-            indices, jnp.zeros(leaf.values.shape, leaf.values.dtype), leaf.dense_shape
-        )
+        return IndexedSlices(indices, jnp.zeros_like(leaf.values), leaf.dense_shape)
 
     return jax.tree.map(nothing, jax.eval_shape(step, state)[0], is_leaf=is_slices)

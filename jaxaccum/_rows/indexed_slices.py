@@ -3,28 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import operator
-from typing import cast
+import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import sparse
+from jax.experimental import checkify, sparse
 from jax.typing import ArrayLike
 
-from jaxaccum._rows.public import public
-
-# No row has this index: the padding of gradients whose row count is unknown.
-UNKNOWN_ROWS_PADDING = 2**31 - 1
+from jaxaccum._rows.on_mesh import unshard
+from jaxaccum._rows.public import public, pytree
+from jaxaccum._rows.row_arithmetic import add_to_table
+from jaxaccum._rows.shapes import canonical_shape, check_host_indices, padding_index
+from jaxaccum._rows.strangers import refuse_strangers
 
 
 @public
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["indices", "values"],
-    meta_fields=["dense_shape"],
-)
+@pytree(data_fields=["indices", "values"], meta_fields=["dense_shape"])
 @dataclasses.dataclass(frozen=True)
 class IndexedSlices:
     """Rows of a gradient that is zero everywhere else.
@@ -32,6 +28,12 @@ class IndexedSlices:
     Indices may come unsorted and repeated; repetitions mean their sum. An index one past the end
     is padding: its values are ignored, so that gradients of one fixed size can carry fewer rows.
     After TensorFlow's ``IndexedSlices``, with the padding of ``jax.experimental.sparse.BCOO``.
+
+    Gradients add up by ``a + b``, which puts their slices one after the other, and scale by
+    ``2 * a``, ``a / 8`` and ``-a``. ``table + a`` and ``table - a`` are the table with the rows
+    added, as by `apply_updates`; so that ``optax.apply_updates`` and training loops that end in it
+    take rows as well. A function mapped over the *leaves* (``jax.tree.map``) reaches the indices
+    too: `map_values` reaches the values alone.
 
     Attributes:
       indices: int32 ``[n]``, the row each slice belongs to.
@@ -42,6 +44,8 @@ class IndexedSlices:
     Raises:
       ValueError: ``indices`` is a NumPy array with an entry that does not fit int32 (JAX would
         truncate it silently), or ``dense_shape`` is no shape.
+      TypeError: ``indices`` are floats: swapped with the values (TensorFlow's come first), or
+        arithmetic has been mapped over the leaves.
 
     Example:
       >>> import jax.numpy as jnp, jaxaccum
@@ -51,18 +55,91 @@ class IndexedSlices:
       Array([ True,  True,  True, False], dtype=bool)
       >>> grad.to_dense().ravel()
       Array([2., 0., 4., 0.], dtype=float32)
+      >>> (jnp.ones((4, 1)) - 0.5 * grad).ravel()
+      Array([ 0.,  1., -1.,  1.], dtype=float32)
     """
 
     indices: jax.Array
     values: jax.Array
     dense_shape: tuple[int | None, ...] | None
 
+    # NumPy arrays on the left leave the arithmetic to the methods below, as JAX's do.
+    __array_ufunc__ = None
+
     def __post_init__(self) -> None:
-        # JAX also builds this class around placeholders, so the leaves are never converted. NumPy
-        # indices are looked at all the same: nothing later can tell that an id was truncated.
+        # Users build this class around placeholders too (specs, axes), so leaves are never
+        # converted. NumPy indices are looked at all the same: nothing later can tell that an id was
+        # truncated.
         check_host_indices(self.indices)
+        if _is_inexact(self.indices):
+            raise TypeError(
+                f"indices must be integers, got {self.indices.dtype}: IndexedSlices takes indices "
+                "first and values second (TensorFlow's takes values first)"
+            )
         if self.dense_shape is not None:
             object.__setattr__(self, "dense_shape", canonical_shape(self.dense_shape))
+
+    def tree_flatten(self) -> tuple[tuple[Any, Any], Any]:
+        """Returns the two leaves and the static shape, unless whoever asks would misuse them."""
+        refuse_strangers(self.dense_shape, sys._getframe(1))
+        return (self.indices, self.values), (self.dense_shape,)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
+        """Returns the leaves of ``tree_flatten`` with their names."""
+        refuse_strangers(self.dense_shape, sys._getframe(1))
+        return tuple(zip(_KEYS, (self.indices, self.values), strict=True)), (self.dense_shape,)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any], leaves: tuple[Any, Any]) -> IndexedSlices:
+        """Puts leaves or placeholders together, unless row numbers have become floats."""
+        (dense_shape,) = static
+        if _is_inexact(leaves[0]):
+            raise TypeError(
+                f"the row numbers of a gradient of shape {dense_shape} have become "
+                f"{leaves[0].dtype}: a function has been mapped over the leaves of an "
+                "IndexedSlices. Scale and add it as a whole (0.5 * grad, a + b) or by "
+                "jaxaccum.map_values, and put optax transforms inside jaxaccum.lazy_rows"
+            )
+        slices = object.__new__(cls)
+        # JAX's own placeholders must pass, and the shape has been looked at before.
+        for field, leaf in zip(("indices", "values"), leaves, strict=True):
+            object.__setattr__(slices, field, leaf)
+        object.__setattr__(slices, "dense_shape", dense_shape)
+        return slices
+
+    def __add__(self, other: Any) -> Any:
+        """Puts the slices of two gradients one after the other, or adds rows to a table."""
+        if isinstance(other, IndexedSlices):
+            return _joined(self, other)
+        if isinstance(other, int) and other == 0:  # what sum() starts from
+            return self
+        if not isinstance(other, jax.Array | np.ndarray):
+            return NotImplemented
+        return add_update(jnp.asarray(other), self, f"an update of shape {self.dense_shape}")
+
+    __radd__ = __add__
+
+    def __neg__(self) -> IndexedSlices:
+        """Turns the sign of the values."""
+        return dataclasses.replace(self, values=-self.values)
+
+    def __sub__(self, other: IndexedSlices) -> IndexedSlices:
+        """Adds the other gradient with its sign turned."""
+        return _joined(self, -other) if isinstance(other, IndexedSlices) else NotImplemented
+
+    def __rsub__(self, table: Any) -> Any:
+        """Subtracts rows from a table."""
+        return -self + table
+
+    def __mul__(self, factor: ArrayLike) -> IndexedSlices:
+        """Scales the values by a scalar."""
+        return dataclasses.replace(self, values=self.values * _scalar(factor, "multiplied"))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: ArrayLike) -> IndexedSlices:
+        """Divides the values by a scalar."""
+        return dataclasses.replace(self, values=self.values / _scalar(divisor, "divided"))
 
     @property
     def num_rows(self) -> int | None:
@@ -123,38 +200,46 @@ class IndexedSlices:
         return (self.num_rows, *self.values.shape[1:])
 
 
-def canonical_shape(dense_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
-    """Returns ``dense_shape`` as a tuple of ints whose first entry may be ``None``."""
-    try:
-        rows, *row = dense_shape
-        shape = (
-            None if rows is None else operator.index(rows),
-            *(operator.index(d) for d in cast("list[int]", row)),
+_KEYS = tuple(map(jax.tree_util.GetAttrKey, ("indices", "values")))
+
+
+def _is_inexact(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    # Compared first, because it is int32 at all but a few calls, of which there are many.
+    return dtype is not None and dtype != np.int32 and bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
+def _scalar(number: Any, verb: str) -> Any:
+    if np.ndim(number) != 0:
+        raise TypeError(
+            f"an IndexedSlices is {verb} by scalars, got shape {np.shape(number)}; "
+            "jaxaccum.map_values applies any function to its values"
         )
-    except (TypeError, ValueError):
+    return number
+
+
+def _joined(left: IndexedSlices, right: IndexedSlices) -> IndexedSlices:
+    """The slices of both, one after the other: their sum."""
+    known = left.num_rows if right.num_rows is None else right.num_rows
+    shapes = [slices.values.shape[1:] for slices in (left, right)]
+    if shapes[0] != shapes[1] or left.num_rows not in (None, known):
         raise ValueError(
-            f"dense_shape must be (rows, *row) of ints, rows None if unknown, got {dense_shape!r}"
-        ) from None
-    if any(d is not None and not 0 <= d <= UNKNOWN_ROWS_PADDING for d in shape):
-        raise ValueError(f"dense_shape must lie within 0 and 2**31 - 1, got {dense_shape!r}")
-    return shape
+            f"gradients of one table can be added, got shapes {left.dense_shape} and "
+            f"{right.dense_shape}"
+        )
+    shape = right.dense_shape if left.num_rows is None else left.dense_shape
+    with jax.numpy_dtype_promotion("standard"):
+        values = jnp.concatenate([left.values, right.values])
+    indices = [_with_padding(slices, shape) for slices in (left, right)]
+    return IndexedSlices(jnp.concatenate(indices), values, shape)
 
 
-def padding_index(dense_shape: tuple[int | None, ...] | None) -> int:
-    """Returns the index that marks padding in a gradient of ``dense_shape``."""
-    rows = dense_shape[0] if dense_shape else None
-    return UNKNOWN_ROWS_PADDING if rows is None else rows
-
-
-def check_host_indices(indices: object) -> None:
-    """Raises ``ValueError`` if NumPy ``indices`` hold an entry that int32 cannot."""
-    if isinstance(indices, np.ndarray) and indices.dtype.kind in "iu" and indices.size:
-        low, high = indices.min(), indices.max()
-        if low < -(2**31) or high >= 2**31:
-            raise ValueError(
-                f"indices must fit int32, got entries from {low} to {high}; map 64-bit ids "
-                "to table rows (or hash them to 31 bits) before they reach jaxaccum"
-            )
+def _with_padding(slices: IndexedSlices, shape: Any) -> jax.Array:
+    """The indices, padded as gradients of ``shape`` are."""
+    indices, padding = jnp.asarray(slices.indices, jnp.int32), padding_index(shape)
+    if slices.padding_index == padding:
+        return indices
+    return jnp.where(indices == slices.padding_index, padding, indices)
 
 
 def as_device_slices(grad: IndexedSlices) -> IndexedSlices:
@@ -194,3 +279,77 @@ def _as_array(leaf: ArrayLike) -> jax.Array:
     host = np.asarray(leaf)
     check_host_indices(host)
     return jnp.asarray(host)
+
+
+def as_slices(slices: IndexedSlices, name: str) -> IndexedSlices:
+    """Returns ``slices`` with array leaves, checked; ``name`` says in errors which leaf it is."""
+    try:
+        return as_device_slices(slices)
+    except TypeError as err:
+        raise TypeError(
+            f"{name} has lost its row numbers ({err}): wrap every transform that sees the sparse "
+            "leaf in lazy_rows"
+        ) from err
+
+
+def fit_to_table(
+    slices: IndexedSlices, table_shape: tuple[int | None, ...] | None, name: str
+) -> IndexedSlices:
+    """Returns ``slices`` with the shape of the table, and int32 indices that are rows or padding.
+
+    An index that is neither raises here if it can be read, that is outside ``jit``. Inside, the
+    slice becomes padding: ``checkify`` reports it, and `count_invalid` counts it. Values stay as
+    they are, those of padding too.
+
+    Raises:
+      TypeError: ``slices`` does not hold integer indices.
+      ValueError: the row shape or row count differs from the table's, or an index is invalid.
+    """
+    slices = as_slices(slices, name)
+    if table_shape is None or table_shape[0] is None:
+        raise ValueError(
+            f"params must be given where the row count is unknown, got {name} of shape "
+            f"{table_shape}"
+        )
+    if slices.values.shape[1:] != table_shape[1:]:
+        raise ValueError(
+            f"{name} has rows of shape {slices.values.shape[1:]}, its table {table_shape[1:]}"
+        )
+    if slices.num_rows not in (None, table_shape[0]):
+        raise ValueError(f"{name} has {slices.num_rows} rows, its table {table_shape[0]}")
+    rows = table_shape[0]
+    check_indices(slices, rows, name)
+    indices, values = unshard(slices.indices), unshard(slices.values)
+    is_row = (indices >= 0) & (indices < rows)
+    return IndexedSlices(jnp.where(is_row, indices, rows).astype(jnp.int32), values, table_shape)
+
+
+def is_invalid(slices: IndexedSlices, rows: int) -> jax.Array:
+    """Which slices are neither padding nor a row of a table of ``rows`` rows: bool ``[n]``."""
+    is_row = (slices.indices >= 0) & (slices.indices < rows)
+    return ~is_row & (slices.indices != slices.padding_index)
+
+
+def check_indices(slices: IndexedSlices, rows: int, name: str) -> None:
+    """Raises ``ValueError`` outside ``jit``, and tells ``checkify`` inside, of invalid indices."""
+    wrong = is_invalid(slices, rows)
+    if isinstance(wrong, jax.core.Tracer):
+        checkify.debug_check(~jnp.any(wrong), f"{name} has an index outside of its {rows} rows")
+        return
+    if np.any(wrong):
+        ids = np.unique(np.asarray(slices.indices)[np.asarray(wrong)]).tolist()
+        shown = ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
+        raise ValueError(
+            f"{name} has indices outside of its table of {rows} rows: {shown}; rows are "
+            f"0..{rows - 1} and {slices.padding_index} is padding"
+        )
+
+
+def add_update(table: jax.Array, update: IndexedSlices, name: str) -> jax.Array:
+    """Returns ``table`` with the rows of ``update`` added, in place where it is donated.
+
+    Raises:
+      ValueError: ``update``, called ``name``, does not fit, or has invalid indices (outside jit).
+    """
+    update = fit_to_table(update, table.shape, name)
+    return add_to_table(table, update.indices, update.values)

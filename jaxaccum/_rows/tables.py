@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.tree import PyTree
+
+# What stands in a tree, and the way to it.
+Leaf: TypeAlias = Any
+KeyPath: TypeAlias = tuple[Any, ...]
+# How tables are selected: by a predicate, or by a tree (or prefix) of bools.
+Tables: TypeAlias = Callable[[KeyPath, Leaf], bool] | PyTree
 
 
-def select_tables(tables: Any, tree: Any) -> Any:
+def select_tables(tables: Tables, tree: PyTree) -> PyTree:
     """Returns a tree of bools shaped like ``tree``: which leaves are tables.
 
     Args:
@@ -33,7 +41,7 @@ def select_tables(tables: Any, tree: Any) -> Any:
         selected = _broadcast(tables, tree)
         origin = "tables must be a predicate (path, leaf) -> bool or a tree of bools"
 
-    def check(path: Any, leaf: Any, choice: Any) -> bool:
+    def check(path: KeyPath, leaf: Leaf, choice: object) -> bool:
         if not isinstance(choice, bool | np.bool_):
             raise TypeError(f"{origin}, got {choice!r} for {_name(path)}")
         if choice:
@@ -43,7 +51,7 @@ def select_tables(tables: Any, tree: Any) -> Any:
     return jax.tree_util.tree_map_with_path(check, tree, selected, is_leaf=_is_slices)
 
 
-def _broadcast(prefix: Any, tree: Any) -> Any:
+def _broadcast(prefix: PyTree, tree: PyTree) -> PyTree:
     leaves = jax.tree.map(lambda _: True, tree, is_leaf=_is_slices)
     try:
         return jax.tree.broadcast(prefix, leaves)
@@ -54,7 +62,7 @@ def _broadcast(prefix: Any, tree: Any) -> Any:
         ) from None
 
 
-def _check_table(name: str, leaf: Any) -> None:
+def _check_table(name: str, leaf: Leaf) -> None:
     if _is_slices(leaf):
         return
     dtype = getattr(leaf, "dtype", None)
@@ -67,9 +75,9 @@ def _check_table(name: str, leaf: Any) -> None:
         raise ValueError(f"tables selects {name}, which must have rows, got a scalar")
 
 
-def _is_slices(leaf: Any) -> bool:
+def _is_slices(leaf: object) -> bool:
     return isinstance(leaf, IndexedSlices)
 
 
-def _name(path: Any) -> str:
+def _name(path: KeyPath) -> str:
     return f"leaf {jax.tree_util.keystr(path)}" if path else "the only leaf"

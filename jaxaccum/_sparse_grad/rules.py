@@ -1,177 +1,71 @@
-"""What each equation of a backward pass does to a cotangent that is a sum of slices."""
+"""What each equation of a backward pass does to a cotangent that is a sum of slices.
+
+A rule is given the operands its equation is linear in and those that are plain arrays. It must know
+what every shape and parameter it is given means, and raises ``NotSparseError`` where it does not:
+the equation is then evaluated as it is, on whole arrays.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import math
-import pathlib
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.extend import core, source_info_util
+from jax.sharding import NamedSharding, PartitionSpec
 
-from jaxaccum._sparse_grad.terms import Carry, SparseSum, Term
+from jaxaccum._sparse_grad.jaxpr import (
+    Equation,
+    bind,
+    find_source_line,
+    get_type,
+    is_zero,
+)
+from jaxaccum._sparse_grad.terms import Carry, Operand, SparseSum, Term, cast_to_varying
+from jaxaccum._sparse_grad.windows import NotSparseError, add_scattered, mask, update_slice
 
-
-class NotSparseError(Exception):
-    """An equation cannot keep its result as terms."""
-
-
-# Gives an equation's results from its operands, which are arrays or SparseSums.
-Rule = Callable[[Any, Sequence[Any]], list[SparseSum]]
-
-
-def open_jaxpr(jaxpr: Any) -> Any:
-    """The jaxpr itself, closed or not."""
-    return getattr(jaxpr, "jaxpr", jaxpr)
-
-
-def is_var(atom: Any) -> bool:
-    """Whether an operand or result is a variable and no literal."""
-    return not isinstance(atom, core.Literal)
+# (equation, operands it is linear in, the other operands) -> results. A result that is an array
+# rather than a SparseSum is dense.
+Rule: TypeAlias = Callable[[Equation, Sequence[Operand], Sequence[jax.Array]], list[Operand]]
 
 
-def place(eqn: Any) -> str:
-    """The line of the user's source that an equation comes from."""
-    own = str(pathlib.Path(__file__).parent)
-    frames = source_info_util.summarize(eqn.source_info, num_frames=50).splitlines()[::-1]
-    users = [f for f in frames if "site-packages" not in f and not f.startswith(own)]
-    return (users or frames or ["an unknown line"])[0]
-
-
-def blame(eqn: Any) -> str:
-    """Says that an equation makes a gradient dense."""
-    name = eqn.primitive.name
-    return f"{place(eqn)} does more than look up rows of it (`{name}` going backward)"
-
-
-def is_zero(atom: Any) -> bool:
-    """Whether an operand of an equation is the literal number 0."""
-    return isinstance(atom, core.Literal) and np.ndim(atom.val) == 0 and not atom.val
-
-
-def _terms(operand: Any) -> tuple[Term, ...]:
-    """The terms of a cotangent that can be looked into."""
+def _terms(operand: Operand) -> tuple[Term, ...]:
+    """Returns the terms of a cotangent that can be looked into."""
     if not isinstance(operand, SparseSum) or any(isinstance(t, Carry) for t in operand.terms):
         raise NotSparseError
     return operand.terms  # type: ignore[return-value]  # no Carry is among them
 
 
-def _mask(coords: Iterable[jax.Array], sizes: Iterable[int], valid: jax.Array) -> Any:
-    return tuple(jnp.where(valid, c, s) for c, s in zip(coords, sizes, strict=True))
+def _term_wise(rule: Callable[[Equation, Term], Term]) -> Rule:
+    """Makes a rule of what happens to each term of the only operand."""
+
+    def apply(eqn: Equation, sums: Sequence[Operand], _: Sequence[jax.Array]) -> list[Operand]:
+        return [SparseSum(tuple(rule(eqn, term) for term in _terms(sums[0])))]
+
+    return apply
 
 
-# Where slices come from: the transposes of gathers and slices.
+# Slices moved: what pads, slices and the like do.
 
 
-def windows(start: dict[int, jax.Array], window: jax.Array, shape: Any, *, clip: bool) -> Term:
-    """The term of windows written into zeros, as scatters and slice updates write them.
-
-    Axes in which a window is one wide become coordinates, and so does axis 0 unless the window
-    covers it. A window over a part of any other axis is put into zeros of that axis' size: some
-    columns of a row make a whole row.
-
-    Args:
-      start: integers ``[n]`` for each axis that is indexed; the others start at 0.
-      window: ``[n, *window sizes]``, a size for every axis of ``shape``.
-      shape: of the whole array.
-      clip: moves windows that overhang inside, as XLA's slices do; else they are dropped.
-    """
-    sizes, count = window.shape[1:], window.shape[0]
-    points = [a for a, w in enumerate(sizes) if w < shape[a] and (w == 1 or a == 0)]
-    points = points or [0] * (sizes[0] == 1)
-    if not points or max(shape) > np.iinfo(np.int32).max:
-        raise NotSparseError
-    first, valid = _starts(start, sizes, shape, count, clip)
-    for axis, width in enumerate(sizes):
-        if axis not in points and width < shape[axis]:
-            window = _widen(window, first[axis], axis, shape[axis])
-    # Windows of several rows fall apart into their rows.
-    span = sizes[0] if 0 in points else 1
-    coords = {axis: jnp.repeat(first[axis], span) for axis in points}
-    if span > 1:
-        coords[0] += jnp.tile(jnp.arange(span, dtype=jnp.int32), count)
-    whole = [window.shape[1 + a] for a in range(len(shape)) if a not in points]
-    masked = _mask(coords.values(), [shape[a] for a in points], jnp.repeat(valid, span))
-    return Term(masked, window.reshape(count * span, *whole), tuple(points), tuple(shape))
-
-
-def _starts(
-    start: dict[int, jax.Array], sizes: Any, shape: Any, count: int, clip: bool
-) -> tuple[list[jax.Array], jax.Array]:
-    """Where windows start in each axis, int32, and which of them are there at all."""
-    first, valid = [jnp.zeros(count, jnp.int32)] * len(shape), jnp.ones(count, bool)
-    for axis, ids in start.items():
-        last = shape[axis] - sizes[axis]
-        # Ids of a narrow type could not hold the row count they are compared with.
-        ids = ids.astype(jnp.int32) if ids.dtype.itemsize < 4 else ids
-        valid = valid if clip else valid & (ids >= 0) & (ids <= last)
-        first[axis] = jnp.clip(ids, 0, last).astype(jnp.int32)
-    return first, valid
-
-
-def _widen(window: jax.Array, start: jax.Array, axis: int, size: int) -> jax.Array:
-    zeros = jnp.zeros((*window.shape[1 : axis + 1], size, *window.shape[axis + 2 :]), window.dtype)
-    put = functools.partial(lax.dynamic_update_slice_in_dim, zeros, axis=axis)
-    return jax.vmap(put)(window, start)
-
-
-def _scatter_add(eqn: Any, operands: Sequence[Any]) -> list[SparseSum]:
-    base, indices, updates = operands
-    if not isinstance(base, SparseSum):
-        raise NotSparseError
-    dims, mode, shape = (
-        eqn.params["dimension_numbers"],
-        eqn.params["mode"],
-        eqn.outvars[0].aval.shape,
-    )
-    known = lax.GatherScatterMode
-    if mode not in (known.CLIP, known.FILL_OR_DROP, known.PROMISE_IN_BOUNDS):
-        raise NotSparseError
-    batch = indices.shape[:-1]
-    axes = dims.scatter_dims_to_operand_dims
-    start = {int(axis): indices[..., k].reshape(-1) for k, axis in enumerate(axes)}
-    batching = zip(dims.operand_batching_dims, dims.scatter_indices_batching_dims, strict=True)
-    for axis, dim in batching:
-        start[int(axis)] = lax.broadcasted_iota(jnp.int32, batch, int(dim)).reshape(-1)
-    scattered = [d for d in range(updates.ndim) if d not in dims.update_window_dims]
-    window = lax.transpose(updates, (*scattered, *(int(d) for d in dims.update_window_dims)))
-    sizes = iter(window.shape[len(batch) :])
-    narrow = (*dims.inserted_window_dims, *dims.operand_batching_dims)
-    full = [1 if axis in narrow else next(sizes) for axis in range(len(shape))]
-    window = window.reshape(math.prod(batch), *full)
-    term = windows(start, window, shape, clip=mode == known.CLIP)
-    return [SparseSum((*base.terms, dataclasses.replace(term, origin=place(eqn))))]
-
-
-def _dynamic_update_slice(eqn: Any, operands: Sequence[Any]) -> list[SparseSum]:
-    base, update, *start = operands
-    if not isinstance(base, SparseSum) or base.terms:
-        raise NotSparseError  # what is overwritten would have to be searched for
-    starts = {axis: jnp.asarray(first)[None] for axis, first in enumerate(start)}
-    term = windows(starts, update[None], eqn.outvars[0].aval.shape, clip=True)
-    return [SparseSum((dataclasses.replace(term, origin=place(eqn)),))]
-
-
-def _pad(eqn: Any, operands: Sequence[Any]) -> list[SparseSum]:
-    operand, shape = operands[0], eqn.outvars[0].aval.shape
+def _pad(eqn: Equation, sums: Sequence[Operand], _: Sequence[jax.Array]) -> list[Operand]:
+    operand, shape = sums[0], get_type(eqn.outvars[0]).shape
     if not is_zero(eqn.invars[1]):
         raise NotSparseError
     if not isinstance(operand, SparseSum):  # the rows of a slice of the table
         if operand.shape[0] == shape[0]:
             raise NotSparseError
         rows = jnp.arange(operand.shape[0], dtype=jnp.int32)
-        operand = SparseSum((Term((rows,), operand, (0,), operand.shape, place(eqn)),))
+        operand = SparseSum((Term((rows,), operand, (0,), operand.shape, find_source_line(eqn)),))
     config = eqn.params["padding_config"]
-    return [SparseSum(tuple(_padded(term, config, shape) for term in _terms(operand)))]
+    return [SparseSum(tuple(_pad_term(term, config, shape) for term in _terms(operand)))]
 
 
-def _padded(term: Term, config: Sequence[Any], shape: tuple[int, ...]) -> Term:
+def _pad_term(term: Term, config: Sequence[tuple[int, int, int]], shape: tuple[int, ...]) -> Term:
     valid = jnp.ones(term.values.shape[:1], bool)
     moved = []
     for axis, coord in zip(term.axes, term.coords, strict=True):
@@ -183,68 +77,64 @@ def _padded(term: Term, config: Sequence[Any], shape: tuple[int, ...]) -> Term:
     zero = jnp.zeros((), term.values.dtype)
     values = lax.pad(term.values, zero, [(int(a), int(b), int(c)) for a, b, c in widths])
     return Term(
-        _mask(moved, [shape[a] for a in term.axes], valid), values, term.axes, shape, term.origin
+        mask(moved, [shape[a] for a in term.axes], valid),
+        values,
+        term.axes,
+        shape,
+        term.source_line,
     )
 
 
-def _shifted(operand: Any, axis: int, low: int, shape: tuple[int, ...]) -> SparseSum:
-    """``operand`` moved by ``low`` along ``axis``, cut or padded to ``shape``."""
+def _shift(operand: Operand, axis: int, low: int, shape: tuple[int, ...]) -> SparseSum:
+    """Returns ``operand`` moved by ``low`` along ``axis``, cut or padded to ``shape``."""
     terms = []
     for term in _terms(operand):
         config = [(0, 0, 0)] * len(shape)
         config[axis] = (low, shape[axis] - term.shape[axis] - low, 0)
-        terms.append(_padded(term, config, shape))
+        terms.append(_pad_term(term, config, shape))
     return SparseSum(tuple(terms))
 
 
-def _slice(eqn: Any, operands: Sequence[Any]) -> list[SparseSum]:
-    result, start = operands[0], eqn.params["start_indices"]
+def _slice(eqn: Equation, sums: Sequence[Operand], _: Sequence[jax.Array]) -> list[Operand]:
+    result, start = sums[0], eqn.params["start_indices"]
     if eqn.params["strides"] is not None and set(eqn.params["strides"]) != {1}:
         raise NotSparseError
-    shape = list(eqn.invars[0].aval.shape)
-    for axis, size in enumerate(eqn.outvars[0].aval.shape):
+    shape = list(get_type(eqn.invars[0]).shape)
+    for axis, size in enumerate(get_type(eqn.outvars[0]).shape):
         shape[axis] = size
-        result = _shifted(result, axis, -start[axis], tuple(shape))
+        result = _shift(result, axis, -start[axis], tuple(shape))
     return [result]
 
 
-def _split(eqn: Any, operands: Sequence[Any]) -> list[SparseSum]:
-    parts, start, axis = [], 0, eqn.params["axis"]
-    for var in eqn.outvars:
-        parts.append(_shifted(operands[0], axis, -start, var.aval.shape))
-        start += var.aval.shape[axis]
+def _split(eqn: Equation, sums: Sequence[Operand], _: Sequence[jax.Array]) -> list[Operand]:
+    parts: list[Operand] = []
+    start, axis = 0, eqn.params["axis"]
+    for shape in (get_type(var).shape for var in eqn.outvars):
+        parts.append(_shift(sums[0], axis, -start, shape))
+        start += shape[axis]
     return parts
 
 
-def _concatenate(eqn: Any, operands: Sequence[Any]) -> list[SparseSum]:
+def _concatenate(eqn: Equation, sums: Sequence[Operand], _: Sequence[jax.Array]) -> list[Operand]:
     terms: list[Term | Carry] = []
     start, axis = 0, eqn.params["dimension"]
-    for atom, operand in zip(eqn.invars, operands, strict=True):
-        terms.extend(_shifted(operand, axis, start, eqn.outvars[0].aval.shape).terms)
-        start += atom.aval.shape[axis]
+    for atom, operand in zip(eqn.invars, sums, strict=True):
+        terms.extend(_shift(operand, axis, start, get_type(eqn.outvars[0]).shape).terms)
+        start += get_type(atom).shape[axis]
     return [SparseSum(tuple(terms))]
 
 
-# What is done to slices on their way back to the table.
+# Axes renamed, added, joined and summed away.
 
 
-def _term_wise(rule: Callable[[Any, Term], Term]) -> Rule:
-    def apply(eqn: Any, operands: Sequence[Any]) -> list[SparseSum]:
-        return [SparseSum(tuple(rule(eqn, term) for term in _terms(operands[0])))]
-
-    return apply
-
-
-def _entry_wise(eqn: Any, term: Term) -> Term:
-    return dataclasses.replace(term, values=eqn.primitive.bind(term.values, **eqn.params))
-
-
-def _broadcast_in_dim(eqn: Any, operands: Sequence[Any]) -> list[SparseSum]:
+def _broadcast_in_dim(
+    eqn: Equation, sums: Sequence[Operand], _: Sequence[jax.Array]
+) -> list[Operand]:
     if is_zero(eqn.invars[0]):
         return [SparseSum(())]
-    to, shape = eqn.params["broadcast_dimensions"], eqn.outvars[0].aval.shape
+    to, shape = eqn.params["broadcast_dimensions"], get_type(eqn.outvars[0]).shape
     terms: list[Term | Carry] = []
-    for term in _terms(operands[0]):
+    for term in _terms(sums[0]):
         axes = tuple(int(to[a]) for a in term.axes)
         if any(term.shape[a] != shape[b] for a, b in zip(term.axes, axes, strict=True)):
             raise NotSparseError
@@ -252,36 +142,42 @@ def _broadcast_in_dim(eqn: Any, operands: Sequence[Any]) -> list[SparseSum]:
         at = (0, *(1 + whole.index(to[a]) for a in term.whole_axes))
         sizes = (term.values.shape[0], *(shape[a] for a in whole))
         values = lax.broadcast_in_dim(term.values, sizes, at)
-        terms.append(Term(term.coords, values, axes, shape, term.origin))
+        terms.append(Term(term.coords, values, axes, shape, term.source_line))
     return [SparseSum(tuple(terms))]
 
 
-def _reshape(eqn: Any, term: Term) -> Term:
-    shape = eqn.outvars[0].aval.shape
-    # An axis stays what it is where its size and the number of entries before it do.
-    kept = {(math.prod(shape[:b]), size): b for b, size in enumerate(shape)}
-    try:
-        axes = tuple(kept[math.prod(term.shape[:a]), term.shape[a]] for a in term.axes)
-    except KeyError:
-        raise NotSparseError from None
-    if 0 in shape:
+def _reshape(eqn: Equation, term: Term) -> Term:
+    """Keeps coordinates along axes that are as long as before, with as many entries before them."""
+    shape = get_type(eqn.outvars[0]).shape
+    is_turned = eqn.primitive.name == "reshape" and eqn.params["dimensions"] is not None
+    if 0 in shape or is_turned:
         raise NotSparseError
+    axes: list[int] = []
+    for a in term.axes:
+        kept = (math.prod(term.shape[:a]), term.shape[a])
+        # Axes of size 1 may look alike: each is taken once, in order.
+        for b in range(1 + max(axes, default=-1), len(shape)):
+            if (math.prod(shape[:b]), shape[b]) == kept:
+                axes.append(b)
+                break
+        else:
+            raise NotSparseError
     whole = [size for b, size in enumerate(shape) if b not in axes]
     values = term.values.reshape(term.values.shape[0], *whole)
-    return Term(term.coords, values, axes, shape, term.origin)
+    return Term(term.coords, values, tuple(axes), shape, term.source_line)
 
 
-def _transpose(eqn: Any, term: Term) -> Term:
-    order, shape = eqn.params["permutation"], eqn.outvars[0].aval.shape
+def _transpose(eqn: Equation, term: Term) -> Term:
+    order, shape = eqn.params["permutation"], get_type(eqn.outvars[0]).shape
     axes = tuple(b for b, a in enumerate(order) if a in term.axes)
     coords = tuple(term.coords[term.axes.index(order[b])] for b in axes)
     whole = (1 + term.whole_axes.index(a) for a in order if a not in term.axes)
     values = lax.transpose(term.values, (0, *whole))
-    return Term(coords, values, axes, shape, term.origin)
+    return Term(coords, values, axes, shape, term.source_line)
 
 
-def _reduce_sum(eqn: Any, term: Term) -> Term:
-    gone = eqn.params["axes"]
+def _reduce_sum(eqn: Equation, term: Term) -> Term:
+    gone, shape = eqn.params["axes"], get_type(eqn.outvars[0]).shape
     kept = [a for a in range(len(term.shape)) if a not in gone]
     axes = tuple(b for b, a in enumerate(kept) if a in term.axes)
     if not axes:
@@ -289,11 +185,83 @@ def _reduce_sum(eqn: Any, term: Term) -> Term:
     pairs = zip(term.coords, term.axes, strict=True)
     coords = tuple(coord for coord, axis in pairs if axis not in gone)
     values = jnp.sum(term.values, [1 + i for i, a in enumerate(term.whole_axes) if a in gone])
-    return Term(coords, values, axes, eqn.outvars[0].aval.shape, term.origin)
+    return Term(coords, values, axes, shape, term.source_line)
 
 
-def _all_gather(eqn: Any, term: Term) -> Term:
-    """The sum over devices, inside shard_map: the slices of all of them."""
+# Arithmetic.
+
+
+def _entry_wise(eqn: Equation, term: Term) -> Term:
+    return dataclasses.replace(term, values=bind(eqn, [term.values]))
+
+
+def _cast(eqn: Equation, term: Term) -> Term:
+    """Casts the slices. Casts to and from integers do not get here: `find_leading` stops there."""
+    values = lax.convert_element_type(term.values, eqn.params["new_dtype"])
+    return dataclasses.replace(term, values=values)
+
+
+def _add(eqn: Equation, sums: Sequence[Operand], _: Sequence[jax.Array]) -> list[Operand]:
+    """Adds terms up, or into a dense array: a table used both ways gets one array of its size."""
+    left, right = sums
+    if isinstance(left, SparseSum) and isinstance(right, SparseSum):
+        return [SparseSum((*left.terms, *right.terms))]
+    slices, total = (left, right) if isinstance(left, SparseSum) else (right, left)
+    if isinstance(total, SparseSum):
+        raise NotSparseError
+    for term in _terms(slices):
+        total = term.add_to(total)
+    return [total]
+
+
+def _scale(eqn: Equation, sums: Sequence[Operand], arrays: Sequence[jax.Array]) -> list[Operand]:
+    """Multiplies or divides: of the other operand, only the entries at the slices matter."""
+    left, right = sums[0], (arrays or sums[1:])[0]  # a quotient is linear in the first alone
+    if isinstance(right, SparseSum):
+        left, right = right, left
+    if isinstance(right, SparseSum) or eqn.params.get("out_dtype") is not None:
+        raise NotSparseError
+    scale = lax.mul if eqn.primitive.name == "mul" else lax.div
+    terms = []
+    for term in _terms(left):
+        if term.shape != get_type(eqn.outvars[0]).shape:
+            raise NotSparseError  # one row that becomes many
+        values = scale(term.values, _look_up(right, term))
+        terms.append(dataclasses.replace(term, values=values))
+    return [SparseSum(tuple(terms))]
+
+
+def _look_up(factor: jax.Array, term: Term) -> jax.Array:
+    """Returns the entries of ``factor`` for the slices of ``term``, of the rank of its values.
+
+    An axis of ``factor`` has the size it has in ``term`` or size 1: one number for all coordinates.
+    """
+    if jnp.ndim(factor) == 0:
+        return factor
+    each = [k for k, axis in enumerate(term.axes) if factor.shape[axis] != 1]
+    alike = [axis for axis in term.axes if factor.shape[axis] == 1]
+    order = (*(term.axes[k] for k in each), *alike, *term.whole_axes)
+    factor = lax.transpose(factor, order)
+    if each:
+        coords = tuple(term.coords[k] for k in each)
+        factor = factor.at[coords].get(mode="fill", fill_value=1)
+    count = term.values.shape[0] if each else 1
+    return factor.reshape(count, *factor.shape[len(factor.shape) - len(term.whole_axes) :])
+
+
+# Devices, inside shard_map, and what leaves a cotangent as it is.
+
+
+def _vary(eqn: Equation, term: Term) -> Term:
+    """Types the slices as varying over devices, as the whole array is then typed."""
+    vary = functools.partial(cast_to_varying, axes=frozenset(eqn.params["axes"]))
+    return dataclasses.replace(term, coords=tuple(map(vary, term.coords)), values=vary(term.values))
+
+
+def _all_gather(eqn: Equation, term: Term) -> Term:
+    """The sum over devices: the slices of all of them."""
+    if eqn.params.get("axis_index_groups") is not None:
+        raise NotSparseError
     for axis in eqn.params["axes"]:
         gather = functools.partial(lax.all_gather, axis_name=axis, tiled=True, to="invarying")
         term = dataclasses.replace(
@@ -302,37 +270,27 @@ def _all_gather(eqn: Any, term: Term) -> Term:
     return term
 
 
-def _add(eqn: Any, operands: Sequence[Any]) -> list[SparseSum]:
-    if not all(isinstance(operand, SparseSum) for operand in operands):
-        raise NotSparseError
-    return [SparseSum(tuple(term for operand in operands for term in operand.terms))]
+def _reshard(eqn: Equation, term: Term) -> Term:
+    """To another sharding, or into or out of Auto axes: all slices on every device."""
+    sharding = get_type(eqn.outvars[0]).sharding
+    row = (sharding.spec[axis] for axis in term.whole_axes)
+
+    def move(x: jax.Array, *spec: object) -> jax.Array:
+        to = NamedSharding(sharding.mesh, PartitionSpec(*spec))  # type: ignore[no-untyped-call]
+        moved: jax.Array = bind(eqn, [x], dst_sharding=to)
+        return moved
+
+    coords = tuple(move(coord, None) for coord in term.coords)
+    return dataclasses.replace(term, coords=coords, values=move(term.values, None, *row))
 
 
-def _scale(eqn: Any, operands: Sequence[Any]) -> list[SparseSum]:
-    """Products and quotients with a dense operand: only its entries at the slices matter."""
-    left, right = operands
-    if isinstance(right, SparseSum) and eqn.primitive.name == "mul":
-        left, right = right, left
-    if isinstance(right, SparseSum):
-        raise NotSparseError
-    terms = []
-    for term in _terms(left):
-        factor = right
-        if jnp.ndim(right):
-            order = (*term.axes, *term.whole_axes)
-            factor = lax.transpose(right, order).at[term.coords].get(mode="fill", fill_value=1)
-        scaled = term.values * factor if eqn.primitive.name == "mul" else term.values / factor
-        terms.append(dataclasses.replace(term, values=scaled))
-    return [SparseSum(tuple(terms))]
-
-
-def _identity(eqn: Any, operands: Sequence[Any]) -> list[SparseSum]:
-    return list(operands)
+def _keep(eqn: Equation, sums: Sequence[Operand], _: Sequence[jax.Array]) -> list[Operand]:
+    return list(sums)
 
 
 RULES: dict[str, Rule] = {
-    "scatter-add": _scatter_add,
-    "dynamic_update_slice": _dynamic_update_slice,
+    "scatter-add": add_scattered,
+    "dynamic_update_slice": update_slice,
     "pad": _pad,
     "slice": _slice,
     "split": _split,
@@ -346,15 +304,21 @@ RULES: dict[str, Rule] = {
     "transpose": _term_wise(_transpose),
     "reduce_sum": _term_wise(_reduce_sum),
     "neg": _term_wise(_entry_wise),
-    "convert_element_type": _term_wise(_entry_wise),
+    "convert_element_type": _term_wise(_cast),
     "reduce_precision": _term_wise(_entry_wise),
-    "copy": _identity,
-    "copy_p": _identity,
-    "sharding_constraint": _identity,
-    "optimization_barrier": _identity,
-    "pvary": _identity,
+    "copy": _keep,
+    "sharding_constraint": _keep,
+    "reshard": _term_wise(_reshard),
+    "optimization_barrier": _keep,
+    "pvary": _term_wise(_vary),
     "psum_invariant": _term_wise(_all_gather),
 }
 
 # How many operands an equation is linear in, where that is not just the first; None for all.
-LINEAR_OPERANDS = {"add_any": 2, "mul": 2, "concatenate": None, "optimization_barrier": None}
+_LINEAR_OPERANDS = {"add_any": 2, "mul": 2, "concatenate": None, "optimization_barrier": None}
+
+
+def count_linear_operands(eqn: Equation) -> int:
+    """Returns how many of its first operands an equation with a rule is linear in."""
+    count = _LINEAR_OPERANDS.get(eqn.primitive.name, 1)
+    return len(eqn.invars) if count is None else count

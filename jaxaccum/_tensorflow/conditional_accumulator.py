@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 import jax
 import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxaccum._coordinator.coordinator import Coordinator
-from jaxaccum._coordinator.placement import Placement
+from jaxaccum._coordinator.device_state import DeviceState
+from jaxaccum._coordinator.placement import Placement, outside_mesh
 from jaxaccum._coordinator.spec import Spec
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.public import public
@@ -32,9 +32,14 @@ class SparseConditionalAccumulator:
     the first in the queue is looked at: one who waits for much holds up those behind who want
     little. Calls may come from any number of threads; each is done whole or not at all.
 
-    Capacity grows by itself, and gradients are padded to powers of two, so that a program is
-    compiled for each of a few sizes only. An apply does not wait for the device, and what it adds
-    stays there until it is taken. Small gradients from host memory go there several at a time.
+    Capacity grows by itself, and shrinks when eight takes in a row have needed little of it.
+    Gradients are padded to powers of two, so that a program is compiled for each of a few sizes
+    only; while one thread waits for the compiler the others go on. An apply does not wait for the
+    device, and what it adds stays there until it is taken. Small gradients from host memory go
+    there several at a time.
+
+    A signal handler that interrupts a call may close the accumulator. Whatever else it calls raises
+    a ``RuntimeError`` if its own thread is in the middle of changing what is accumulated.
 
     Args:
       dtype: of the gradients; any numeric JAX dtype.
@@ -44,10 +49,9 @@ class SparseConditionalAccumulator:
       name: made unique among the living by appending a number.
       reduction_type: ``"MEAN"`` divides each row by the number of gradients that touched *that
         row* (TensorFlow's rule), ``"MEAN_PER_GRADIENT"`` by the number of all, ``"SUM"`` by none.
-      capacity: rows there is room for at first; by default a guess from the first gradient.
+      capacity: rows there is room for at first and at least; by default a guess from the gradients.
       device: where to accumulate; or a `jax.sharding.NamedSharding` for the values.
       accumulator_dtype: of the sums; by default ``dtype``, but float32 for 16-bit floats.
-      validate: the default of ``validate`` in the methods that apply.
 
     Attributes:
       dtype: of the gradients.
@@ -74,6 +78,7 @@ class SparseConditionalAccumulator:
     Source: TensorFlow's ``tf.compat.v1.SparseConditionalAccumulator``; ``docs`` list what differs.
     """
 
+    @outside_mesh
     def __init__(
         self,
         dtype: DTypeLike,
@@ -85,21 +90,21 @@ class SparseConditionalAccumulator:
         capacity: int | None = None,
         device: jax.Device | jax.sharding.NamedSharding | None = None,
         accumulator_dtype: DTypeLike | None = None,
-        validate: bool = True,
     ) -> None:
         spec = Spec.of(dtype, shape, reduction_type, accumulator_dtype)
-        if capacity is not None and not 1 <= operator.index(capacity) <= 2**30:
-            raise ValueError(f"capacity must be from 1 to 2**30, got {capacity}")
-        self._validate = validate
         self._name = unique_name(name or _DEFAULT_NAME, self)
 
         def make() -> Coordinator:
-            return Coordinator(spec, self.name, capacity, Placement(device))
+            return Coordinator(spec, self.name, DeviceState(spec, capacity, Placement(device)))
 
         self._core = shared(shared_name, spec, make) if shared_name else make()
 
     def __repr__(self) -> str:
         return f"SparseConditionalAccumulator({self._core.spec}, name={self._name!r})"
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        """Refuses to be pickled or copied."""
+        self._core.__reduce_ex__(protocol)
 
     def __enter__(self) -> Self:
         return self
@@ -134,22 +139,17 @@ class SparseConditionalAccumulator:
         grad_shape: ArrayLike | Sequence[Any] | None = None,
         local_step: ArrayLike = 0,
         name: str | None = None,
-        *,
-        validate: bool | None = None,
     ) -> bool:
         """Adds a gradient unless it is stale.
 
         Args:
           grad_indices: int ``[n]``, in any order and with repetitions, which mean their sum. A list
-            or an array, on a device or not.
+            or an array; one on an accelerator is fetched to be looked at.
           grad_values: ``[n, *row]``. Numbers and lists of them are converted, arrays must be of the
             accumulator's dtype. NumPy arrays are copied and may be overwritten afterwards.
           grad_shape: the gradient's shape; checked against the accumulator's if that is known.
           local_step: the step at which the gradient was computed.
           name: ignored.
-          validate: whether to look at indices that lie on an accelerator, which waits for them. If
-            not, a gradient with an index out of range is dropped whole, and the next take raises.
-            Indices in host memory are always looked at.
 
         Returns:
           True if it was accepted, False if it was stale. A stale gradient is not looked at.
@@ -166,21 +166,13 @@ class SparseConditionalAccumulator:
 
         Source: TensorFlow's ``SparseConditionalAccumulator.apply_grad``.
         """
-        return self._core.apply(
-            grad_indices,
-            grad_values,
-            grad_shape,
-            local_step,
-            validate=self._validate if validate is None else validate,
-        )
+        return self._core.apply(local_step, grad_indices, grad_values, grad_shape)
 
     def apply_indexed_slices_grad(
         self,
         grad: Any,
         local_step: ArrayLike = 0,
         name: str | None = None,
-        *,
-        validate: bool | None = None,
     ) -> bool:
         """Adds a gradient unless it is stale; `apply_grad` says more.
 
@@ -189,7 +181,6 @@ class SparseConditionalAccumulator:
             ``values`` and ``dense_shape``, which has no padding.
           local_step: the step at which the gradient was computed.
           name: ignored.
-          validate: whether to look at indices that lie on an accelerator.
 
         Returns:
           True if it was accepted, False if it was stale.
@@ -209,12 +200,11 @@ class SparseConditionalAccumulator:
         Source: TensorFlow's ``SparseConditionalAccumulator.apply_indexed_slices_grad``.
         """
         return self._core.apply(
+            local_step,
             grad.indices,
             grad.values,
             grad.dense_shape,
-            local_step,
-            padding=grad.padding_index if isinstance(grad, IndexedSlices) else None,
-            validate=self._validate if validate is None else validate,
+            grad.padding_index if isinstance(grad, IndexedSlices) else None,
         )
 
     def take_grad(
@@ -234,8 +224,7 @@ class SparseConditionalAccumulator:
           A named tuple ``(indices, values, shape)`` of the rows touched, ascending.
 
         Raises:
-          InvalidArgumentError: ``num_required`` is less than 1; or a gradient applied with
-            ``validate=False`` was invalid, then nothing is taken.
+          InvalidArgumentError: ``num_required`` is less than 1.
           DeadlineExceededError: it took longer than ``timeout``; nothing is taken.
           CancelledError: the accumulator is closed, or was so meanwhile.
 

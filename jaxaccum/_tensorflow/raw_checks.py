@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxaccum._coordinator.arguments import brackets
 from jaxaccum._coordinator.errors import InvalidArgumentError
-from jaxaccum._coordinator.host_gradient import brackets
-from jaxaccum._rows.indexed_slices import check_host_indices
+from jaxaccum._rows.shapes import check_host_indices
 
 
 def integers(name: str, value: Any) -> None:
@@ -142,6 +142,10 @@ def slice_grad(grad: Any, input_indices: Any, input_start: Any, output_indices: 
 
 
 def _shapes(*arrays: Any) -> list[tuple[int, ...]]:
+    _require(
+        not any(isinstance(array, np.ma.MaskedArray) for array in arrays),
+        "Masked arrays are not accepted: fill them (numpy.ma.filled) or leave entries out",
+    )
     return [np.shape(array) for array in arrays]
 
 

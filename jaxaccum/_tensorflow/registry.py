@@ -5,7 +5,6 @@ All references are weak: dropping the last handle frees an accumulator and its n
 
 from __future__ import annotations
 
-import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -15,14 +14,18 @@ from jaxaccum._coordinator.spec import Spec
 
 _lock = threading.RLock()
 _named: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
+# The number last appended to a name: to try all of them from 1 on costs more the more there are.
+_last_number: dict[str, int] = {}
 _shared: weakref.WeakValueDictionary[str, Coordinator] = weakref.WeakValueDictionary()
 
 
 def unique_name(name: str, owner: object) -> str:
     """Returns ``name``, with a number appended if another living object has it."""
     with _lock:
-        candidates = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(1)))
-        unique = next(candidate for candidate in candidates if candidate not in _named)
+        unique = name
+        while unique in _named:
+            number = _last_number[name] = _last_number.get(name, 0) + 1
+            unique = f"{name}_{number}"
         _named[unique] = owner
         return unique
 

@@ -19,6 +19,16 @@ class SparseGradient(NamedTuple):
       indices: int32 ``[n]``, ascending and distinct.
       values: ``[n, *row]``.
       shape: int64 ``[1 + len(row)]`` in host memory, -1 where the row count is unknown.
+
+    Example:
+      >>> import jaxaccum
+      >>> acc = jaxaccum.SparseConditionalAccumulator("float32", shape=(9, 1))
+      >>> acc.apply_grad([5], [[1.0]])
+      True
+      >>> acc.take_grad(1).shape
+      array([9, 1])
+
+    Source: what TensorFlow's ``SparseConditionalAccumulator.take_grad`` returns.
     """
 
     indices: jax.Array

@@ -14,7 +14,7 @@ FUTURE = 1 << 40
 
 
 def state_of(acc):
-    return acc.accumulator_ref._state
+    return acc.accumulator_ref._accumulated
 
 
 def num_staged(acc):
@@ -43,7 +43,7 @@ def assert_same(acc, expected):
 SIZES = [0, 1, 5, 31, 32, 33, 64]
 
 
-@pytest.mark.parametrize("rows", [100, None])
+@pytest.mark.parametrize("rows", [100, pytest.param(None, marks=pytest.mark.full)])
 def test_any_mixture_adds_up_bit_for_bit(rows):
     """Sizes that alternate, gradients on the device, invalid ones, growth, saving and taking."""
     rng = np.random.default_rng(0)

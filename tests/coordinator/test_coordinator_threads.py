@@ -2,6 +2,7 @@
 
 import asyncio
 import collections
+import contextlib
 import gc
 import os
 import pathlib
@@ -164,7 +165,7 @@ def test_closing_frees_what_was_held_staged_and_unclaimed(monkeypatch):
             acc.take_grad(1)
     acc.apply_grad([1], [2], local_step=1)
     (unclaimed,) = core._unclaimed[0].outcome
-    held = [*core._state._box[0], core._state._stage.values, *unclaimed.arrays]
+    held = [*core._accumulated._box[0], core._accumulated._stage.values, *unclaimed.arrays]
     held = [weakref.ref(array) for array in held]
     del unclaimed
     gc.collect()
@@ -229,7 +230,7 @@ def test_a_dead_waiter_leaves_the_queue(watch, monkeypatch):
 def test_an_apply_that_fails_wedges_nobody(watch, monkeypatch):
     acc = takers.accumulator()
     taker = watch.take(acc, 1)
-    state = acc.accumulator_ref._state
+    state = acc.accumulator_ref._accumulated
 
     def fail(*_):
         raise MemoryError
@@ -246,7 +247,7 @@ def test_an_apply_that_fails_wedges_nobody(watch, monkeypatch):
 def test_a_take_that_fails_is_the_takers_concern(watch, monkeypatch):
     acc = takers.accumulator()
     first, second = watch.take(acc, 1), watch.take(acc, 1)
-    state, fails = acc.accumulator_ref._state, [True]
+    state, fails = acc.accumulator_ref._accumulated, [True]
     take = type(state).take
 
     def flaky(self, outcome):
@@ -269,7 +270,7 @@ DISPATCHES = {
 
 
 def lose_the_state(acc):
-    for leaf in acc.accumulator_ref._state._box[0]:
+    for leaf in acc.accumulator_ref._accumulated._box[0]:
         leaf.delete()
 
 
@@ -415,6 +416,161 @@ def test_a_signal_handler_may_close_what_its_thread_waits_for():
         except takers.jaxaccum.CancelledError as error:
             print(error)
     """)
+
+
+# A handler that looks, in the middle of what it interrupts: at every call of it, one by one.
+
+LOOKS = {
+    "statistics": lambda acc: acc.statistics(),
+    "state_dict": lambda acc: acc.state_dict(),
+    "num_accumulated": lambda acc: acc.num_accumulated(),
+    "apply": lambda acc: acc.apply_grad([3], [1], local_step=1 << 40),
+    "take": lambda acc: acc.take_grad(1, timeout=0),
+    "load": lambda acc: acc.load_state_dict({}),
+}
+
+
+def interrupting(handler, call, before=lambda: None, after=lambda: None):
+    """Runs ``call`` as often as it makes calls inside the library, ``handler`` at one of them.
+
+    A signal handler runs where Python enters or leaves a function: a profiler does so too.
+    """
+    moment, is_over = 0, False
+    while not is_over:
+        moment, left = moment + 1, moment
+
+        def profile(frame, event, _):
+            nonlocal left
+            if "_coordinator" in frame.f_code.co_filename:
+                left -= 1
+                if left == -1:
+                    sys.setprofile(None)
+                    handler()
+
+        before()
+        sys.setprofile(profile)
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+        after()
+        is_over = left >= 0
+    return moment
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_a_handler_that_looks_spoils_nothing(look):
+    acc, told = takers.accumulator(), collections.Counter()
+    ids, ones = np.arange(2), np.ones(2, np.int32)
+    seen = collections.Counter()
+    for _ in range(40):  # compiled in peace
+        acc.apply_grad(ids, ones)
+    acc.take_grad(1)
+
+    def handler():
+        try:
+            result = LOOKS[look](acc)
+        except RuntimeError as error:
+            told["refused" if "signal handler" in str(error) else error] += 1
+        except (jaxaccum.DeadlineExceededError, KeyError):
+            told["answered"] += 1
+        else:
+            told["answered"] += 1
+            if look == "apply":
+                told["applied"] += result
+            if look == "take":
+                seen.update(rows_of(result))
+
+    def call():
+        told["calls"] += 1
+        acc.apply_grad(ids, ones, local_step=1 << 40)
+        if told["calls"] % 3 == 0:
+            with contextlib.suppress(jaxaccum.DeadlineExceededError):
+                seen.update(rows_of(acc.take_grad(1, timeout=0)))
+
+    interrupting(handler, call)
+    acc.apply_grad([], np.zeros(0, np.int32), local_step=1 << 40)
+    seen.update(rows_of(acc.take_grad(1)))
+    assert set(told) <= {"calls", "refused", "answered", "applied"}
+    assert told["refused"] > 10
+    assert told["answered"] > 2
+    assert seen[0] == seen[1] == told["calls"]
+    assert seen[3] == told["applied"]
+
+
+def test_a_handler_may_close_at_any_moment():
+    """The call it interrupts ends, whoever waits is told, and nothing is kept."""
+    fates, made = collections.Counter(), []
+
+    def make():
+        made[:] = [takers.accumulator(), Waiter(3, lambda: None)]
+        made[0].accumulator_ref._enqueue(made[1])
+
+    def call():
+        with contextlib.suppress(jaxaccum.CancelledError):
+            made[0].apply_grad([1], [2])
+            made[0].apply_grad(np.arange(32) % 16, jnp.ones(32, jnp.int32))
+
+    def look():
+        core, waiter = made[0].accumulator_ref, made[1]
+        fates[type(waiter.outcome[0]), bool(core._accumulated._box), len(core._queue)] += 1
+
+    make()
+    call()  # compiled in peace
+    moments = interrupting(lambda: made[0].close(), call, make, look)
+    assert fates.pop((type(None), True, 1)) == 1  # the last, which was not interrupted
+    assert fates == {(jaxaccum.CancelledError, False, 0): moments - 1}
+
+
+# The compiler.
+
+
+def test_others_go_on_while_one_waits_for_the_compiler(monkeypatch, watch):
+    acc = takers.accumulator(shape=(4997,), capacity=4096)  # like no other
+    acc.apply_grad([1], [1])
+    programs = acc.accumulator_ref._accumulated._programs
+    begun, may_go_on = threading.Event(), threading.Event()
+
+    lowered = collections.Counter()
+
+    class Slow:
+        def __init__(self, program):
+            self.program = program
+
+        def lower(self, *args):
+            lowered[self] += 1
+            begun.set()
+            assert may_go_on.wait(takers.PATIENCE)
+            return self.program.lower(*args)
+
+        def __call__(self, *args):
+            return self.program(*args)
+
+    slow = programs._replace(apply_staged=Slow(programs.apply_staged), take=Slow(programs.take))
+    monkeypatch.setattr(acc.accumulator_ref._accumulated, "_programs", slow)
+    threads = [
+        threading.Thread(
+            target=acc.apply_grad, args=(np.arange(200), np.ones(200, np.int32)), daemon=True
+        )
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    assert begun.wait(takers.PATIENCE)
+    assert acc.apply_grad([2], [1])  # of a size that is compiled
+    assert acc.num_accumulated() == 2
+    may_go_on.set()
+    for thread in threads:
+        thread.join(takers.PATIENCE)
+    assert acc.num_accumulated() == 6
+    assert lowered == {slow.apply_staged: 1}  # by one for all
+    may_go_on.clear()
+    begun.clear()
+    taker = takers.Taker(acc, 6)
+    assert begun.wait(takers.PATIENCE)
+    assert acc.apply_grad([2], [1])
+    may_go_on.set()
+    assert rows_of(taker.result())[2] == 6
 
 
 # asyncio.

@@ -23,6 +23,7 @@ WHERE = [1, 2, 10, 5, 1]  # the rows that IDS mean
 WILD = jnp.array([1, 20, -30, 11, -11], jnp.int32)
 ONES = jnp.ones((5, WIDTH), jnp.float32)
 ONE = jnp.ones(WIDTH, jnp.float32)
+COLUMN_SCALES = jnp.array([2.0, 3.0, 0.5, 5.0])
 
 
 def is_slices(leaf):
@@ -168,6 +169,16 @@ LOOKUPS = {
     "rows scaled": (
         lambda t, i: (t * jnp.arange(ROWS, dtype=jnp.float32)[:, None])[i], IDS, WHERE,
     ),
+    "columns scaled": (lambda t, i: (t * COLUMN_SCALES[None])[i], IDS, WHERE),
+    "columns scaled in a checkpoint in a scan": (
+        lambda t, i: scanned(
+            jax.checkpoint(lambda c, j: c * jnp.cos((t / COLUMN_SCALES[None])[j])), ONE, i
+        ), IDS, WHERE,
+    ),
+    "scaled by one number of rank 2": (lambda t, i: (t / COLUMN_SCALES[None, 1:2])[i], IDS, WHERE),
+    "entries of rows scaled": (
+        lambda t, i: (t * jnp.arange(2.0, 2 + ROWS)[:, None])[i, i % WIDTH], IDS, WHERE,
+    ),
     "jit": (jax.jit(lambda t, i: t[i]), IDS, WHERE),
     "checkpoint": (jax.checkpoint(lambda t, i: jnp.cos(t[i])), IDS, WHERE),
     "vmap of checkpoint of jit": (
@@ -219,7 +230,26 @@ LOOKUPS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LOOKUPS)
+# Kin of others in the list, which differ from them in what JAX does before it gets here.
+BREADTH = {
+    "index of rank 2", "take", "scalar id", "every third row", "some columns", "vmapped scalar id",
+    "vmapped over columns", "vmapped over a broadcast", "promise_in_bounds", "take, fill",
+    "take, clip", "take, wrap", "uint32 ids", "rows of a table of vectors", "an axis more",
+    "without the last rows", "scaled by a number", "rows scaled", "jit", "vmap of custom_vjp",
+    "checkpoint of custom_vjp", "vmap of custom_jvp", "fori_loop", "map", "cond, the other way",
+    "scan that carries the table", "optimization barrier", "entries of rows scaled",
+}  # fmt: skip
+
+
+def param(name):
+    return pytest.param(name, marks=[pytest.mark.full] if name in BREADTH else [])
+
+
+def test_the_breadth_is_of_known_lookups():
+    assert LOOKUPS.keys() >= BREADTH
+
+
+@pytest.mark.parametrize("name", [param(name) for name in LOOKUPS])
 def test_lookups_give_rows(name):
     lookup, ids, rows = LOOKUPS[name]
     (value, grad), (true_value, true_grad) = both(lookup, TABLE, ids)
@@ -240,7 +270,10 @@ def test_rows_are_the_cotangents_of_the_lookups():
     np.testing.assert_array_equal(grad.values, weights)
 
 
-@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int16, jnp.uint32, jnp.int32])
+@pytest.mark.parametrize(
+    "dtype",
+    [jnp.uint8, *(pytest.param(d, marks=pytest.mark.full) for d in (jnp.int16, "uint32", "int32"))],
+)
 def test_ids_of_any_integer_type_reach_any_row(dtype):
     high = min(int(jnp.iinfo(dtype).max), 299)
     ids = jnp.array([high, 0, 7], dtype)
@@ -254,7 +287,7 @@ def test_ids_of_any_integer_type_reach_any_row(dtype):
     assert grad.indices.dtype == jnp.int32
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, pytest.param("float16", marks=pytest.mark.full)])
 @pytest.mark.parametrize(
     "wrap",
     [
@@ -331,7 +364,7 @@ def tables_in(grads):
     return [leaf for leaf in jax.tree.leaves(grads, is_leaf=is_slices) if is_slices(leaf)]
 
 
-@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", [None, pytest.param(jnp.bfloat16, marks=pytest.mark.full)])
 def test_linen(dtype):
     model = Linen(dtype)
     params = jax.jit(model.init)(jax.random.key(0), IDS, IDS)
@@ -418,6 +451,49 @@ def test_several_arguments_keywords_and_auxiliary_data():
     assert_same(densified(grads), true_grads)
 
 
+def test_auxiliary_data_of_any_kind():
+    thing = object()
+
+    def loss(table, ids):
+        found = table[ids]
+        return jnp.sum(found), {"name": "a", "thing": thing, "n": 3, "none": None, "found": found}
+
+    (_, aux), grad = value_and_sparse_grad(loss, has_aux=True, tables=True)(TABLE, IDS)
+    np.testing.assert_array_equal(aux.pop("found"), TABLE[IDS])
+    assert aux == {"name": "a", "thing": thing, "n": 3, "none": None}
+    assert grad.indices.tolist() == WHERE
+
+
+def test_learned_scales_and_a_number_of_rank_2():
+    def lookup(params, ids):
+        return (params["table"] * params["scale"][None] / params["all"])[ids]
+
+    params = {"table": TABLE, "scale": COLUMN_SCALES, "all": jnp.full((1, 1), 3.0)}
+    tables = {"table": True, "scale": False, "all": False}
+    for allow_dense in (False, True):
+        ours, theirs = both(lookup, params, IDS, tables=tables, allow_dense=allow_dense)
+        assert is_slices(ours[1]["table"])
+        assert_same(densified(ours[1]), theirs[1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "lookup",
+    [
+        lambda t, i: t[0],
+        lambda t, i: t[:1],
+        lambda t, i: t[i, i % WIDTH],
+        lambda t, i: t.T[:, i],
+        lambda t, i: t[i],
+        lambda t, i: jnp.sum(t) * t[i],
+    ],
+    ids=["python id", "slice", "entries", "transposed", "index", "norm"],
+)
+def test_a_table_of_one_row_always_has_rows(lookup):
+    (_, grad), (_, true_grad) = both(lookup, TABLE[:1], jnp.array([0, -1, 0]))
+    assert set(grad.indices.tolist()) == {0}
+    assert_same(grad.to_dense(), true_grad, rtol=1e-5)
+
+
 def test_one_table_is_sparse_and_the_other_dense_as_selected():
     def lookup(params, ids):
         return params["a"][ids] * params["b"][ids + 1]
@@ -447,10 +523,11 @@ def test_under_vmap_and_scan():
     loss = loss_of(lambda t, i: t[i])
     grad_fn = value_and_sparse_grad(loss, tables=True)
     ids = jnp.stack([IDS, IDS + 1])
-    _, mapped = jax.vmap(grad_fn, (None, 0))(TABLE, ids)
-    _, looped = lax.scan(lambda _, i: (None, grad_fn(TABLE, i)), None, ids)[1]
+    _, mapped = jax.jit(jax.vmap(grad_fn, (None, 0)))(TABLE, ids)
+    _, looped = jax.jit(lambda: lax.scan(lambda _, i: (None, grad_fn(TABLE, i)), None, ids)[1])()
+    one_by_one = jax.jit(grad_fn)
     for k in range(2):
-        _, alone = grad_fn(TABLE, ids[k])
+        _, alone = one_by_one(TABLE, ids[k])
         for grad in (mapped, looped):
             np.testing.assert_array_equal(grad.indices[k], alone.indices)
             np.testing.assert_allclose(grad.values[k], alone.values, rtol=1e-6)
@@ -665,6 +742,19 @@ def columns(table):
     return jnp.sum(table[:, jnp.array([0, 2])])  # here
 
 
+def taken_columns(table):
+    return jnp.sum(jnp.take(table, jnp.array([0, 2]), axis=1))  # here
+
+
+def branched_columns(table):
+    column = jnp.array([0, 2])
+    return lax.cond(table[0, 0] > 0, lambda t: jnp.sum(t[:, column]), lambda t: 0.0, table)  # here
+
+
+def looped_columns(table):
+    return jnp.sum(lax.map(lambda k: jnp.take(table, k, axis=1), jnp.array([0, 2])))  # here
+
+
 @jax.jit
 def jitted(table):
     return jnp.sum(table[IDS] * jnp.mean(table))  # here
@@ -718,7 +808,8 @@ def ruled(table):
 ruled.defvjp(lambda table: (ruled(table), table), lambda table, g: (jnp.full_like(table, g),))
 
 DENSE_USES = (
-    tied, regularized, one_hot, all_columns, cleared, columns, jitted, recomputed, looped, carried,
+    tied, regularized, one_hot, all_columns, cleared, columns, taken_columns, branched_columns,
+    looped_columns, jitted, recomputed, looped, carried,
     replaced, doubling, branched,
 )  # fmt: skip
 

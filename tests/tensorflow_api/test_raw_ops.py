@@ -1,6 +1,7 @@
 """TensorFlow's raw ops by name: its vectors, its errors, its argument names."""
 
 import inspect
+import pickle
 
 import golden_data
 import jax
@@ -41,6 +42,16 @@ def test_a_gradient_that_would_be_lost_raises():
     inputs = {k: golden_data.array(v) for k, v in case["inputs"].items()}
     with pytest.raises(ValueError, match="of 1 used 0"):
         raw_ops.SparseSliceGrad(**inputs)
+
+
+def test_a_padded_slice_is_refused_as_tensorflow_does():
+    x = {"backprop_val_grad": [1.0, 2.0], "input_indices": [[1]], "input_start": [0]}
+    text = "# rows of output_indices should be not greater than of input_indices, got 2 and 1"
+    with pytest.raises(jaxaccum.InvalidArgumentError, match=text):
+        raw_ops.SparseSliceGrad(**x, output_indices=[[1], [2]])
+    x["input_indices"] = [[1], [5]]
+    with pytest.raises(ValueError, match="of 2 used 1"):
+        raw_ops.SparseSliceGrad(**x, output_indices=[[1], [2]])
 
 
 A = {"a_indices": [[0, 1], [2, 0]], "a_values": [1.0, 2.0], "a_shape": [3, 2]}
@@ -104,6 +115,7 @@ def test_accumulator_ops_work_on_the_object(handle):
     taken = raw_ops.SparseAccumulatorTakeGradient(
         handle=handle(acc), num_required=1, dtype=jnp.int32
     )
+    assert type(taken) is jaxaccum.SparseGradient
     assert taken._fields == ("indices", "values", "shape")
     assert taken.values.tolist() == [[1, 2]]
     raw_ops.AccumulatorSetGlobalStep(handle=handle(acc), new_global_step=9)
@@ -155,3 +167,19 @@ def test_64_bit_indices_that_do_not_fit_are_refused():
         raw_ops.SparseSlice(
             indices=np.array([[2**32]]), values=[1.0], shape=[5], start=[0], size=[5]
         )
+
+
+def test_masked_arrays_are_refused():
+    masked = np.ma.masked_array([1.0], [True])
+    with pytest.raises(jaxaccum.InvalidArgumentError, match="Masked arrays"):
+        raw_ops.SparseSlice(indices=[[2]], values=masked, shape=[5], start=[0], size=[5])
+
+
+def test_results_can_be_named_and_pickled():
+    total = raw_ops.SparseAdd(**A, **B, thresh=0.5)
+    assert type(total) is raw_ops.SparseSum
+    again = pickle.loads(pickle.dumps(total))
+    assert type(again) is raw_ops.SparseSum
+    assert again.sum_values.tolist() == total.sum_values.tolist()
+    grad = jaxaccum.SparseGradient(np.array([1]), np.ones((1, 2)), np.array([3, 2]))
+    assert pickle.loads(pickle.dumps(grad)).shape.tolist() == [3, 2]

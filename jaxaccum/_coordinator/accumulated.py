@@ -1,0 +1,86 @@
+"""What a `Coordinator` asks of the thing it guards, be it one table or a whole tree."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Counts:
+    """What the host knows without asking the device; Python numbers, which have no end.
+
+    Attributes:
+      global_step: gradients of an earlier step are stale.
+      num_accumulated: gradients added since the last take.
+      num_accepted, num_taken: gradients added, and takes, since the beginning.
+    """
+
+    global_step: int = 0
+    num_accumulated: int = 0
+    num_accepted: int = 0
+    num_taken: int = 0
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Taken:
+    """What was taken, on its way to a taker.
+
+    Attributes:
+      num_accumulated: how many gradients are in it.
+      arrays: what the device may still be at work on.
+    """
+
+    num_accumulated: int
+    arrays: tuple[jax.Array, ...] | None = None
+
+
+class Accumulated(Protocol):
+    """Gradients added up somewhere. Its owner holds a lock, but for `read` and `deliver`.
+
+    Each of `add`, `take` and `load` is done whole or not at all, whatever is raised in it, and
+    changes ``counts`` together with the rest.
+
+    Attributes:
+      counts: what is known of it.
+      read: checks a caller's gradient against what never changes, and copies what must be copied.
+    """
+
+    counts: Counts
+    read: Callable[..., Any]
+
+    def prepare(self, gradient: Any, will_take: bool) -> Callable[[], object] | None:
+        """Makes room for a gradient, if there is one, and checks that it fits.
+
+        Returns:
+          What has to be compiled before it is added (and then all is taken, if ``will_take``), to
+          be called outside the lock before asking again; ``None`` if nothing has.
+        """
+
+    def add(self, gradient: Any) -> None:
+        """Adds a gradient that `prepare` has just agreed to."""
+
+    def take(self, outcome: list[Any]) -> None:
+        """Puts all there is into ``outcome[0]``, as a `Taken`; one step is over."""
+
+    def deliver(self, taken: Taken, *, trim: bool) -> Any:
+        """Returns what the taker's caller gets; it may wait for the device."""
+
+    def statistics(self) -> dict[str, Any]:
+        """Returns what there is to tell beside ``counts``."""
+
+    def save(self) -> dict[str, np.ndarray]:
+        """Returns what is accumulated, as arrays of their own."""
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Puts what `save` returned in place of what is accumulated."""
+
+    def clear(self) -> None:
+        """Frees the memory."""
+
+    def is_lost(self) -> bool:
+        """Whether a call failed so that what was accumulated is gone."""
