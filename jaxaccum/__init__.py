@@ -16,16 +16,18 @@ from jaxaccum._distributed.mesh import (
     shard_specs,
 )
 from jaxaccum._distributed.sharded_table import all_apply, all_lookup
-from jaxaccum._optimizers.accumulate import MicroBatchState, accumulate
+from jaxaccum._optimizers.accumulate import accumulate
 from jaxaccum._optimizers.apply_updates import apply_updates, count_invalid
 from jaxaccum._optimizers.catch_up import CatchUpState
 from jaxaccum._optimizers.freeze_rows import freeze_rows
 from jaxaccum._optimizers.lazy_rows import lazy_rows
+from jaxaccum._optimizers.micro_batch_state import MicroBatchState
 from jaxaccum._optimizers.rowwise_adagrad import (
     RowwiseAdagradState,
     StochasticRoundingState,
     rowwise_adagrad,
 )
+from jaxaccum._optimizers.suggest_capacity import suggest_capacity
 from jaxaccum._rows.embedding_bag import embedding_bag
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.map_values import global_norm, map_values
@@ -83,6 +85,7 @@ __all__ = [
     "sparse_slice",
     "sparse_slice_grad",
     "sparse_slice_jvp",
+    "suggest_capacity",
     "sum_duplicates",
     "take",
     "value_and_sparse_grad",

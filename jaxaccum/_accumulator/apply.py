@@ -67,7 +67,7 @@ def _apply(
     state: AccumulatorState, grad: IndexedSlices, local_step: jax.Array | None
 ) -> tuple[AccumulatorState, jax.Array]:
     is_stale = jnp.bool_(False) if local_step is None else local_step < state.global_step
-    (state,), verdict = apply_all([state], [grad], is_stale)
+    (state,), verdict, _ = apply_all([state], [grad], is_stale)
     return state, verdict
 
 
@@ -89,11 +89,16 @@ class _Part(NamedTuple):
     values: jax.Array
 
     @property
+    def num_needed(self) -> jax.Array:
+        """How many rows there are with its new ones."""
+        return self.state.num_rows + self.bid.num_new
+
+    @property
     def fits(self) -> jax.Array:
         """Whether there is room for its new rows."""
         return self.bid.fits(self.state.num_rows, self.state.capacity)
 
-    def settle(self, verdict: jax.Array) -> AccumulatorState:
+    def settle(self, verdict: jax.Array, touches: jax.Array) -> AccumulatorState:
         """Adds the slices if they are accepted; counts the verdict in any case."""
         state, is_accepted = self.state, verdict == Verdict.ACCEPTED
         row_index, claim = self.row_index.settle(
@@ -105,7 +110,11 @@ class _Part(NamedTuple):
             num_accumulated=saturating_add(state.num_accumulated, is_accepted),
             verdict_counts=count_verdict(state.verdict_counts, verdict),
         )
-        return add_claimed(state, claim, self.ids, self.values, jnp.int32(1))
+        return add_claimed(state, claim, self.ids, self.values, touches)
+
+
+# Why a gradient is refused: the first that holds is its verdict.
+_IN_ORDER = (Verdict.STALE, Verdict.INVALID, Verdict.SKIPPED, Verdict.OVERFLOW)
 
 
 def _on_mesh(grad: IndexedSlices, state: AccumulatorState) -> IndexedSlices:
@@ -115,24 +124,38 @@ def _on_mesh(grad: IndexedSlices, state: AccumulatorState) -> IndexedSlices:
 
 @jax.jit
 def apply_all(
-    states: list[AccumulatorState], grads: list[IndexedSlices], is_stale: jax.Array
-) -> tuple[list[AccumulatorState], jax.Array]:
-    """Adds a gradient to each of several accumulators, or none to any: one verdict on them all."""
+    states: list[AccumulatorState],
+    grads: list[IndexedSlices],
+    is_stale: jax.Array,
+    is_skipped: jax.Array | bool = False,
+    weight: jax.Array | None = None,
+) -> tuple[list[AccumulatorState], jax.Array, jax.Array]:
+    """Adds a gradient to each of several accumulators, or none to any: one verdict on them all.
+
+    A row's count rises by ``weight``, for which counts must be floats, or by one. Also returns how
+    many rows each accumulator must hold for the gradient, int32 ``[len(states)]``.
+    """
     grads = [_on_mesh(grad, state) for state, grad in zip(states, grads, strict=True)]
     pairs = list(zip(states, grads, strict=True))
     rows = [table_rows(grad, state.dense_shape[0]) for state, grad in pairs]
     is_invalid = functools.reduce(operator.or_, (bad for _, bad in rows), jnp.bool_(False))
+    is_refused = is_stale | is_invalid | is_skipped
     parts = [
-        _bid(state, jnp.where(is_stale | is_invalid, NOWHERE, ids), grad.values)
+        _bid(state, jnp.where(is_refused, NOWHERE, ids), grad.values)
         for (state, grad), (ids, _) in zip(pairs, rows, strict=True)
     ]
     fits = functools.reduce(operator.and_, (part.fits for part in parts), jnp.bool_(True))
     verdict = jnp.select(
-        [is_stale, is_invalid, ~fits],
-        [jnp.int32(Verdict.STALE), jnp.int32(Verdict.INVALID), jnp.int32(Verdict.OVERFLOW)],
+        [is_stale, is_invalid, jnp.asarray(is_skipped), ~fits],
+        [jnp.int32(v) for v in _IN_ORDER],
         jnp.int32(Verdict.ACCEPTED),
     )
-    return [part.settle(verdict) for part in parts], verdict
+    num_needed = [part.num_needed for part in parts]
+    return (
+        [part.settle(verdict, jnp.int32(1) if weight is None else weight) for part in parts],
+        verdict,
+        jnp.stack(num_needed) if parts else jnp.zeros(0, jnp.int32),
+    )
 
 
 def _bid(state: AccumulatorState, ids: jax.Array, values: jax.Array) -> _Part:
@@ -175,7 +198,8 @@ def add_claimed(
     sums = sums.at[jnp.where(claim.is_first, NOWHERE, claim.slot)].add(values, mode="drop")
     # Repetitions all write the same count: a gradient counts once for each row it touches.
     counts = state.counts.at[claim.slot].get(mode="fill", fill_value=0)
-    counts = saturating_add(counts, touches)
+    is_float = jnp.issubdtype(counts.dtype, jnp.floating)
+    counts = counts + touches if is_float else saturating_add(counts, touches)
     return dataclasses.replace(
         state,
         indices=state.indices.at[new].set(ids, mode="drop", unique_indices=True),

@@ -13,9 +13,12 @@ from jaxaccum._rows.quotient import quotient
 def reduce_sums(
     sums: jax.Array, counts: jax.Array, num_accumulated: jax.Array, reduction: Reduction
 ) -> jax.Array:
-    """Divides ``sums`` of rows touched ``counts >= 1`` times as the reduction says."""
+    """Divides ``sums`` of rows touched ``counts >= 1`` times as the reduction says.
+
+    Both counts may be sums of positive weights instead, floats.
+    """
     if reduction == "mean_per_gradient":
-        counts = jnp.broadcast_to(jnp.maximum(num_accumulated, 1), counts.shape)
+        counts = jnp.broadcast_to(jnp.where(num_accumulated > 0, num_accumulated, 1), counts.shape)
     elif reduction == "sum":
         return compute_with(sums, counts)
     counts = jnp.broadcast_to(counts.reshape(-1, *[1] * (sums.ndim - 1)), sums.shape)

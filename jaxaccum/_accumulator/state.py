@@ -34,6 +34,8 @@ class Verdict(enum.IntEnum):
     """More new rows than the capacity has left: nothing was added, `take` or `grow` and retry."""
     INVALID = 3
     """An index below zero or beyond the padding index: nothing was added."""
+    SKIPPED = 4
+    """Its values are not wanted: nothing was added. Only where `accumulate` is told to skip."""
 
 
 @public
@@ -69,9 +71,9 @@ class AccumulatorState:
       num_rows: int32 ``[]``, slots in use.
       num_accumulated: int32 ``[]``, gradients accepted since the last `take`.
       global_step: int32 ``[]``; gradients computed at an earlier step are stale.
-      verdict_counts: int32 ``[4]``, gradients by `Verdict` since `init`.
+      verdict_counts: int32 ``[5]``, gradients by `Verdict` since `init`.
       num_shared: int32 ``[]``, how many of ``num_accumulated`` an `all_merge` gave to every device.
-      shared_verdicts: int32 ``[4]``, the part of ``verdict_counts`` that every device has in common
+      shared_verdicts: int32 ``[5]``, the part of ``verdict_counts`` that every device has in common
         since an `all_merge`; the next one counts it once.
       row_index: where each row lives.
       dense_shape: shape of the whole gradient, ``(rows or None, *row)``. Static.

@@ -143,7 +143,7 @@ def all_take(
     union = exchange_union(state, axis_name, max_rows, exchange)
     merged = union.verdict == Verdict.ACCEPTED
     ready = merged & is_enough(union.num_accumulated, required)
-    grad = _make_gradient(state, union, ready)
+    grad = union_gradient(state, union, ready)
     counted = _count_all(state, union)
     emptied, _ = take_if(state, ready)
     return (
@@ -162,7 +162,7 @@ def all_take(
     )
 
 
-def _make_gradient(state: AccumulatorState, union: Union, ready: jax.Array) -> IndexedSlices:
+def union_gradient(state: AccumulatorState, union: Union, ready: jax.Array) -> IndexedSlices:
     """The reduced rows of all devices, all padding unless ``ready``."""
     rows = union.rows
     empty = jnp.zeros((rows.ids.shape[0], *state.values.shape[1:]), state.values.dtype)

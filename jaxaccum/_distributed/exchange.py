@@ -67,7 +67,7 @@ class Union(NamedTuple):
       rows: their rows, to be used where the verdict is ACCEPTED.
       num_accumulated: int32 ``[]``, gradients accepted by all.
       global_step: int32 ``[]``, the latest.
-      verdict_counts: int32 ``[4]``, of all.
+      verdict_counts: int32 ``[5]``, of all.
       verdict: int32 ``[]``, ACCEPTED, OVERFLOW or INVALID.
     """
 
@@ -79,7 +79,7 @@ class Union(NamedTuple):
 
 
 class _Tally(NamedTuple):
-    """The scalars of every device, int32 ``[n]`` and ``[n, 4]``."""
+    """The scalars of every device, int32 ``[n]`` and ``[n, 5]``."""
 
     num_rows: jax.Array
     num_accumulated: jax.Array
@@ -106,20 +106,25 @@ def exchange_union(
     axis_name: AxisName,
     max_rows: int | None,
     exchange: Exchange | None,
+    capacity: int | None = None,
 ) -> Union:
-    """Exchanges what all devices hold; where this raises, nothing has been exchanged."""
+    """Exchanges what all devices hold; where this raises, nothing has been exchanged.
+
+    The distinct rows of all devices may be ``capacity`` many, by default that of ``state``.
+    """
+    capacity = state.capacity if capacity is None else capacity
     num_devices = axis_size(axis_name)
     max_rows = _read_max_rows(state, max_rows)
     if _choose_exchange(state, num_devices, max_rows, exchange) == "dense":
-        tally, rows = _exchange_dense(state, axis_name, num_devices)
+        tally, rows = _exchange_dense(state, axis_name, num_devices, capacity)
         too_many = jnp.bool_(False)
     else:
-        tally, rows = _exchange_rows(state, axis_name, max_rows)
+        tally, rows = _exchange_rows(state, axis_name, max_rows, capacity)
         too_many = jnp.any(tally.num_rows > max_rows)
     verdict = jnp.select(
         [
             jnp.any(tally.num_shared > 0),
-            too_many | (rows.num_rows > state.capacity),
+            too_many | (rows.num_rows > capacity),
         ],
         [jnp.int32(Verdict.INVALID), jnp.int32(Verdict.OVERFLOW)],
         jnp.int32(Verdict.ACCEPTED),
@@ -135,7 +140,7 @@ def exchange_union(
 
 
 def _exchange_rows(
-    state: AccumulatorState, axis_name: AxisName, max_rows: int
+    state: AccumulatorState, axis_name: AxisName, max_rows: int, capacity: int
 ) -> tuple[_Tally, UnionRows]:
     """Every device gets the first ``max_rows`` rows of all devices and sums them."""
     held = [state.indices[:max_rows], state.counts[:max_rows], _Tally.pack(state)]
@@ -146,7 +151,7 @@ def _exchange_rows(
     tally = _Tally.unpack(packed)
     is_held = jnp.arange(max_rows, dtype=jnp.int32)[None, :] < tally.num_rows[:, None]
     ids = jnp.where(is_held, indices, NOWHERE)
-    size, length = min(state.capacity, ids.size), state.dense_shape[0]
+    size, length = min(capacity, ids.size), state.dense_shape[0]
     if length is not None and length <= _BITMAP_ROWS_PER_ID * ids.size:
         slot, num_distinct = _rank_in_bitmap(ids, length)
         slot = jnp.where(slot < size, slot, NOWHERE)
@@ -184,7 +189,7 @@ def find_distinct(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _exchange_dense(
-    state: AccumulatorState, axis_name: AxisName, num_devices: int
+    state: AccumulatorState, axis_name: AxisName, num_devices: int, capacity: int
 ) -> tuple[_Tally, UnionRows]:
     """Every device sums its share of the table over all devices, and gathers all shares."""
     tally = _Tally.unpack(all_gather(_Tally.pack(state), axis_name))
@@ -205,7 +210,7 @@ def _exchange_dense(
     is_row = counts > 0
     before = count_before(is_row)
     slot, num_rows = before[:-1], before[-1]
-    size = min(state.capacity, length)
+    size = min(capacity, length)
     slot = jnp.where(is_row & (slot < size), slot, NOWHERE)
     every_row = jnp.arange(num_devices * share, dtype=jnp.int32)
     distinct = jnp.full(size, NOWHERE, jnp.int32).at[slot].set(every_row, mode="drop")

@@ -21,7 +21,7 @@ def near_the_top(state, below=0):
         state,
         num_accumulated=count,
         global_step=count,
-        verdict_counts=jnp.full(4, TOP - below, jnp.int32),
+        verdict_counts=jnp.full(5, TOP - below, jnp.int32),
         counts=jnp.where(state.counts > 0, count, 0),
     )
 
@@ -48,7 +48,7 @@ def test_gradients_past_the_top_still_count_and_are_taken(below):
         state, verdict = jaxaccum.apply(state, GRAD)
         assert verdict == jaxaccum.Verdict.ACCEPTED
     assert state.num_accumulated == TOP
-    assert state.verdict_counts.tolist() == [TOP, TOP - below, TOP - below, TOP - below]
+    assert state.verdict_counts.tolist() == [TOP, *[TOP - below] * 4]
     assert state.counts[0] == TOP
     state, mean, ready = jaxaccum.take(state, TOP)
     assert ready
@@ -75,4 +75,4 @@ def test_counters_of_many_devices_stay_at_the_top():
     merge = jax.pmap(lambda state: jaxaccum.all_merge(state, "data")[0], axis_name="data")
     merged = merge(states)
     assert merged.num_accumulated.tolist() == [TOP] * count
-    assert merged.verdict_counts[0].tolist() == [TOP] * 4
+    assert merged.verdict_counts[0].tolist() == [TOP] * 5

@@ -60,7 +60,7 @@ def test_capacity_is_exact_and_refusal_alike_and_harmless(exchange, count):
         else:
             changed = {name for name, leaf in bits(old).items() if leaf != bits(new)[name]}
             assert changed == {".verdict_counts", ".shared_verdicts"}
-            assert new.verdict_counts.tolist() == [1, 0, 1, 0]
+            assert new.verdict_counts.tolist() == [1, 0, 1, 0, 0]
 
 
 @pytest.mark.parametrize("rows", [ROWS, None])
@@ -84,7 +84,7 @@ def test_refused_merges_lose_nothing(rows):
     for i in range(NUM_DEVICES):
         state = device(states, i)
         assert held(state) == {r: (values.reshape(-1, 2)[r].tolist(), 1) for r in range(10)}
-        assert state.verdict_counts.tolist() == [NUM_DEVICES, 0, 2, 0]
+        assert state.verdict_counts.tolist() == [NUM_DEVICES, 0, 2, 0, 0]
 
 
 def test_the_latest_step_is_kept():
@@ -141,8 +141,8 @@ def test_what_is_merged_is_not_merged_again(exchange):
     for i in range(NUM_DEVICES):
         own = [1, 0] if i == 0 else [0, 1]
         counts = device(refused, i).verdict_counts.tolist()
-        assert counts == [8 + own[0], own[1], 0, 2]
-        assert device(again, i).verdict_counts.tolist() == [8 + 1 + 8, 7, 0, 2]
+        assert counts == [8 + own[0], own[1], 0, 2, 0]
+        assert device(again, i).verdict_counts.tolist() == [8 + 1 + 8, 7, 0, 2, 0]
         assert device(again, i).num_accumulated == 8
 
 

@@ -32,7 +32,7 @@ class Fleet:
     """Eight oracles that accumulate by themselves, and are added up by another one."""
 
     def __init__(self, rows):
-        self.rows, self.merged_verdicts, self.step = rows, np.zeros(4, int), 0
+        self.rows, self.merged_verdicts, self.step = rows, np.zeros(5, int), 0
         self._start_afresh()
 
     def _start_afresh(self):

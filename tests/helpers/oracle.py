@@ -2,7 +2,7 @@
 
 import numpy as np
 
-ACCEPTED, STALE, OVERFLOW, INVALID = range(4)
+ACCEPTED, STALE, OVERFLOW, INVALID = range(4)  # and SKIPPED, which only optimizers know
 
 
 class Oracle:
@@ -12,7 +12,7 @@ class Oracle:
         self.rows, self.capacity, self.reduction = rows, capacity, reduction
         self.dtype, self.sum_dtype = dtype, sum_dtype or dtype
         self.step = 0
-        self.verdicts = [0, 0, 0, 0]
+        self.verdicts = [0, 0, 0, 0, 0]
         self._start_afresh()
 
     def _start_afresh(self):

@@ -88,7 +88,7 @@ def test_it_equals_multi_steps_step_by_step(name, wrapped):
         assert state.verdict == Verdict.ACCEPTED
         params = jaxaccum.apply_updates(params, updates)
     assert state.global_step == 3
-    np.testing.assert_array_equal(state.verdict_counts, [8, 0, 0, 0])
+    np.testing.assert_array_equal(state.verdict_counts, [8, 0, 0, 0, 0])
     assert update._cache_size() == 1
 
 
@@ -134,26 +134,27 @@ def test_the_inner_state_rests_until_enough_gradients_have_come():
     ],
 )
 def test_a_gradient_that_is_refused_changes_nothing(verdict, bad):
-    tx, params = make(), make_params()
+    tx, params = make(on_overflow="refuse"), make_params()
     state = dataclasses.replace(tx.init(params), global_step=jnp.int32(7))
     _, state = tx.update(make_grads(0), state, params)
     local_step = 6 if verdict == Verdict.STALE else 7
     update = jax.jit(functools.partial(tx.update, local_step=local_step))
     updates, after = update(make_grads(1, **bad), state, params)
     assert after.verdict == verdict
-    counts = np.bincount([Verdict.ACCEPTED, verdict], minlength=4)
+    counts = np.bincount([Verdict.ACCEPTED, verdict], minlength=5)
     np.testing.assert_array_equal(after.verdict_counts, counts)
     assert_same(dense(updates), jax.tree.map(jnp.zeros_like, params))
 
     def without_counts(state):
-        return dataclasses.replace(state, verdict=0, verdict_counts=0)
+        return dataclasses.replace(state, verdict=0, verdict_counts=0, peak_rows=0)
 
     assert_same(without_counts(after), without_counts(state))
 
 
 @pytest.mark.parametrize("full", ["items", "users"])
 def test_any_of_several_tables_may_be_the_one_that_is_full(full):
-    tx, params = make(capacity={"bias": None, "items": 12, "users": 12} | {full: 3}), make_params()
+    capacity = {"bias": None, "items": 12, "users": 12} | {full: 3}
+    tx, params = make(capacity=capacity, on_overflow="refuse"), make_params()
     update = jax.jit(tx.update)
     _, state = update(make_grads(0, items=[0, 1], users=[0, 1]), tx.init(params), params)
     _, after = update(make_grads(1, items=[2, 3], users=[2, 3]), state, params)
@@ -164,10 +165,8 @@ def test_any_of_several_tables_may_be_the_one_that_is_full(full):
 
 
 def test_capacity_is_exact_over_gradients_and_frees_after_a_step():
-    tx, params = (
-        make(num_required=2, capacity={"bias": None, "items": 4, "users": 3}),
-        make_params(),
-    )
+    capacity = {"bias": None, "items": 4, "users": 3}
+    tx, params = make(num_required=2, capacity=capacity, on_overflow="refuse"), make_params()
     update, state = jax.jit(tx.update), tx.init(params)
     verdicts = []
     for users in ([5, 6, 5, 22], [7, 5, 8, 6], [7, 5, 7, 6], [0, 1, 2, 1]):
@@ -181,7 +180,7 @@ def test_capacity_is_exact_over_gradients_and_frees_after_a_step():
 
 def test_one_table_judges_its_own_room():
     table = jnp.zeros((5, 1))
-    tx = jaxaccum.accumulate(optax.sgd(1.0), 3, tables=True, capacity=2)
+    tx = jaxaccum.accumulate(optax.sgd(1.0), 3, tables=True, capacity=2, on_overflow="refuse")
     update, state = jax.jit(tx.update), tx.init(table)
     for rows, verdict in (([1, 2], 0), ([1, 3], 2), ([-1, 1], 3), ([2, 2], 0), ([5, 1], 0)):
         grad = IndexedSlices(jnp.array(rows), jnp.ones((2, 1)), (5, 1))
@@ -191,7 +190,7 @@ def test_one_table_judges_its_own_room():
 
 
 def test_outside_of_jit_what_does_not_fit_raises():
-    tx, params = make(capacity=3), make_params()
+    tx, params = make(capacity=3, on_overflow="refuse"), make_params()
     state = tx.init(params)
     with pytest.raises(ValueError, match=r"capacity \[3, 3\] has no room .* after 0 gradients"):
         tx.update(make_grads(0, items=[1, 2, 3, 4]), state, params)
@@ -329,11 +328,11 @@ def test_a_transform_that_keeps_a_typed_random_key(jit):
 def test_counters_stay_at_the_top():
     tx, table = jaxaccum.accumulate(optax.sgd(1.0), 1, tables=True, capacity=4), jnp.zeros((3, 1))
     top, state = 2**31 - 1, tx.init(table)
-    full = {"global_step": jnp.int32(top), "verdict_counts": jnp.full(4, top, jnp.int32)}
+    full = {"global_step": jnp.int32(top), "verdict_counts": jnp.full(5, top, jnp.int32)}
     grad = IndexedSlices(jnp.array([1]), jnp.ones((1, 1)), (3, 1))
     _, state = tx.update(grad, dataclasses.replace(state, **full), table)
     assert state.global_step == top
-    np.testing.assert_array_equal(state.verdict_counts, np.full(4, top))
+    np.testing.assert_array_equal(state.verdict_counts, np.full(5, top))
 
 
 def test_the_inner_transform_is_traced_once():
@@ -385,6 +384,10 @@ class TestBadInput:
     def test_options(self):
         with pytest.raises(ValueError, match="num_required must be positive, got 0"):
             make(num_required=0)
+        with pytest.raises(ValueError, match=r"on_overflow must be one of .*, got 'grow'"):
+            make(on_overflow="grow")
+        with pytest.raises(ValueError, match="max_staleness must not be negative, got -1"):
+            make(max_staleness=-1)
         with pytest.raises(ValueError, match="capacity must match params"):
             make(capacity={"items": 3}).init(make_params())
         with pytest.raises(ValueError, match="reduction must be one of"):

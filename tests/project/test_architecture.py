@@ -24,7 +24,7 @@ ROOMS = {
     "_sparse_grad": {"_rows"},
     "_sparse_ops": {"_rows"},
     "_distributed": {"_accumulator", "_rows"},
-    "_optimizers": {"_accumulator", "_rows"},
+    "_optimizers": {"_distributed", "_accumulator", "_rows"},
     "_coordinator": {"_accumulator", "_rows"},
     "_tensorflow": {"_coordinator", "_rows"},
     "raw_ops": {"_tensorflow", "_coordinator", "_sparse_ops"},
