@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import jax
@@ -12,7 +11,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxaccum._coordinator.coordinator import Coordinator
 from jaxaccum._coordinator.device_state import DeviceState
-from jaxaccum._coordinator.placement import Placement, outside_mesh
+from jaxaccum._coordinator.placement import Placement, outside_jit
 from jaxaccum._coordinator.spec import Spec
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.public import public
@@ -49,14 +48,9 @@ class SparseConditionalAccumulator:
       name: made unique among the living by appending a number.
       reduction_type: ``"MEAN"`` divides each row by the number of gradients that touched *that
         row* (TensorFlow's rule), ``"MEAN_PER_GRADIENT"`` by the number of all, ``"SUM"`` by none.
-      capacity: rows there is room for at first and at least; by default a guess from the gradients.
+      capacity: how many rows fit at first and at least; by default a guess from the gradients.
       device: where to accumulate; or a `jax.sharding.NamedSharding` for the values.
       accumulator_dtype: of the sums; by default ``dtype``, but float32 for 16-bit floats.
-
-    Attributes:
-      dtype: of the gradients.
-      name: the last component of the unique name.
-      accumulator_ref: the handle, for `jaxaccum.raw_ops`.
 
     Raises:
       ValueError: a bad shape, reduction or capacity; or ``shared_name`` is that of an accumulator
@@ -78,7 +72,7 @@ class SparseConditionalAccumulator:
     Source: TensorFlow's ``tf.compat.v1.SparseConditionalAccumulator``; ``docs`` list what differs.
     """
 
-    @outside_mesh
+    @outside_jit
     def __init__(
         self,
         dtype: DTypeLike,
@@ -109,12 +103,7 @@ class SparseConditionalAccumulator:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property

@@ -1,4 +1,4 @@
-"""`SparseConditionalAccumulator`: inputs, errors, room, sharing, saving."""
+"""`SparseConditionalAccumulator`: inputs, errors, capacity, sharing, saving."""
 
 import asyncio
 import copy
@@ -282,7 +282,7 @@ def test_a_lower_step_is_logged_and_set(caplog):
     assert acc.statistics()["stale"] == 1
 
 
-# Room.
+# Capacity.
 
 
 @pytest.mark.parametrize("rows", [300, pytest.param(None, marks=pytest.mark.full)])
@@ -542,7 +542,7 @@ def test_values_may_be_sharded(spec):
 @pytest.fixture
 def accelerator(monkeypatch):
     """Lets every device count as one whose memory the host cannot see."""
-    monkeypatch.setattr(host_gradient, "in_host_memory", lambda array: False)
+    monkeypatch.setattr(host_gradient, "is_in_host_memory", lambda array: False)
 
 
 def on_device(indices, values):

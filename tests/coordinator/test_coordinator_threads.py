@@ -164,7 +164,7 @@ def test_closing_frees_what_was_held_staged_and_unclaimed(monkeypatch):
         with pytest.raises(SystemExit):
             acc.take_grad(1)
     acc.apply_grad([1], [2], local_step=1)
-    (unclaimed,) = core._unclaimed[0].outcome
+    unclaimed = core._unclaimed[0]
     held = [*core._accumulated._box[0], core._accumulated._stage.values, *unclaimed.arrays]
     held = [weakref.ref(array) for array in held]
     del unclaimed
@@ -624,17 +624,27 @@ def test_cancelled_tasks_leave_the_queue_and_lose_nothing():
     asyncio.run(main())
 
 
-def test_a_closed_event_loop_does_not_keep_its_gradient():
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_closed_event_loop_does_not_keep_its_gradient(is_late):
+    """Nor is it given away twice when what waited is torn down, before or after it was taken."""
     acc = takers.accumulator()
     loop = asyncio.new_event_loop()
     task = loop.create_task(acc.take_grad_async(1))
+
+    def tear_down(task):
+        with pytest.raises(RuntimeError):
+            task.get_coro().throw(RuntimeError)
+
     while not takers.waiting(acc):
         loop.run_until_complete(asyncio.sleep(0))
     loop.close()
     acc.apply_grad([3], [4])
+    if not is_late:
+        tear_down(task)
     assert rows_of(acc.take_grad(1)) == {3: 4}
-    with pytest.raises(RuntimeError):
-        task.get_coro().throw(RuntimeError)
+    if is_late:
+        tear_down(task)
+    assert acc.statistics()["unclaimed"] == 0
     task._log_destroy_pending = False
     del task
     gc.collect()
