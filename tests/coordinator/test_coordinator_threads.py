@@ -22,7 +22,7 @@ import jaxaccum
 from jaxaccum._coordinator.coordinator import Coordinator, Waiter
 
 # Seeds of the stress test. The gate runs a hundred; see its slower part.
-STRESS_SEEDS = int(os.environ.get("JAXACCUM_STRESS_SEEDS", "3"))
+STRESS_SEEDS = int(os.environ.get("JAXACCUM_STRESS_SEEDS", "2"))
 
 
 def rows_of(grad):
@@ -344,7 +344,10 @@ def test_ctrl_c_interrupts_a_take():
     """)
 
 
-@pytest.mark.parametrize(("values", "between"), [("numpy", 5), ("numpy", 100), ("jax", 5)])
+@pytest.mark.parametrize(
+    ("values", "between"),
+    [("numpy", 5), pytest.param("numpy", 100, marks=pytest.mark.full), ("jax", 5)],
+)
 def test_ctrl_c_at_any_moment_tears_nothing(values, between):
     """A storm of signals, each raising wherever the main thread happens to be.
 
@@ -658,9 +661,9 @@ NUM_APPLIERS, NUM_TAKERS, NUM_GRADIENTS, NUM_ROWS = 16, 4, 6, 97
 class Storm:
     """Appliers and takers with minds of their own, all decided by the seed."""
 
-    def __init__(self, seed, capacity):
+    def __init__(self, seed):
         self.acc = takers.accumulator(
-            dtype="int32", shape=(None, 2), reduction_type="SUM", capacity=capacity
+            shape=((NUM_ROWS, None)[seed % 2], 2), capacity=(1, 64, 4096)[seed % 3]
         )
         self.seed = seed
         self.sent = collections.Counter()
@@ -753,7 +756,7 @@ class Storm:
 @pytest.mark.parametrize("seed", range(STRESS_SEEDS))
 def test_every_accepted_value_is_taken_once(seed):
     before = set(threading.enumerate())
-    storm = Storm(seed, capacity=(1, 64, 4096)[seed % 3])
+    storm = Storm(seed)
     storm.run()
     assert {k: v for k, v in storm.sent.items() if v} == {
         k: v for k, v in storm.received.items() if v
