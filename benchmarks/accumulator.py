@@ -60,6 +60,16 @@ CYCLES = (
 )
 
 
+if harness.TINY:
+    CYCLES = tuple(
+        dataclasses.replace(
+            work,
+            num_ids=harness.scaled(work.num_ids),
+            rows=harness.scaled(work.rows),
+            capacity=2 * work.applies * harness.scaled(work.num_ids),
+        )
+        for work in CYCLES
+    )
 PEERS = ("tensorflow", "tf at once", "torch", "dense")
 
 # The same cycle in each library: a function that runs it once and returns what to wait for.
@@ -142,8 +152,12 @@ def torch_cycle(work: Workload) -> Callable[[], Any]:
     """Sum of sparse tensors, then coalesce; without the division by row counts, which it lacks."""
     import torch
 
+    device = harness.torch_device()
     grads = [
-        (torch.from_numpy(ids.astype(np.int64))[None], torch.from_numpy(values))
+        (
+            torch.from_numpy(ids.astype(np.int64))[None].to(device),
+            torch.from_numpy(values).to(device),
+        )
         for ids, values in work.gradients()
     ]
     shape = (work.rows, work.columns)
@@ -153,6 +167,7 @@ def torch_cycle(work: Workload) -> Callable[[], Any]:
         for ids, values in grads[1:]:
             total = total + torch.sparse_coo_tensor(ids, values, shape, check_invariants=False)
         total.coalesce()
+        harness.torch_wait()
 
     return cycle
 
@@ -177,25 +192,25 @@ def dense_cycle(work: Workload) -> Callable[[], Any]:
 def cycles() -> None:
     rows = []
     for work in CYCLES:
-        times = harness.interleaved_ms(
-            {
-                "jaxaccum": jaxaccum_cycle(work, work.rows),
-                "jaxaccum at once": jaxaccum_cycle(work, work.rows, at_once=True),
-                "unknown rows": jaxaccum_cycle(work, None),
-                "tensorflow": tensorflow_cycle(work, at_once=False),
-                "tf at once": tensorflow_cycle(work, at_once=True),
-                "torch": torch_cycle(work),
-                "dense": dense_cycle(work),
-            },
-            repeats=40 if work.num_ids < 1000 else 7,
-            in_a_row=3,
-        )
+        steps = {
+            "jaxaccum": jaxaccum_cycle(work, work.rows),
+            "jaxaccum at once": jaxaccum_cycle(work, work.rows, at_once=True),
+            "unknown rows": jaxaccum_cycle(work, None),
+            "dense": dense_cycle(work),
+        }
+        if harness.is_installed("torch"):
+            steps["torch"] = torch_cycle(work)
+        if harness.is_installed("tensorflow"):
+            steps["tensorflow"] = tensorflow_cycle(work, at_once=False)
+            steps["tf at once"] = tensorflow_cycle(work, at_once=True)
+        repeats = 40 if work.num_ids < 1000 else 7
+        times = harness.interleaved_ms(steps, repeats=repeats, in_a_row=3)
         ours, at_once = times["jaxaccum"], times["jaxaccum at once"]
         rows.append(
             {"cycle": work.name, "ours ms": ours, "unknown ms": times["unknown rows"]}
-            | {f"{name} / ours": times[name] / ours for name in PEERS}
-            | {"at once ms": at_once, "tensorflow / at once": times["tensorflow"] / at_once}
-            | {"tf at once / at once": times["tf at once"] / at_once}
+            | {f"{name} / ours": times[name] / ours for name in PEERS if name in times}
+            | {"at once ms": at_once}
+            | {f"{name} / at once": times[name] / at_once for name in PEERS[:2] if name in times}
         )
     note = (
         "M applies and a take; medians of whole cycles. One call a gradient, or all in one: a "
@@ -226,7 +241,7 @@ def floors() -> None:
             times.setdefault(name, []).append(seconds * 1e3)
             return result
 
-        for turn in range(24):
+        for turn in range(3 if harness.TINY else 24):
             for grad in grads:
                 known, _ = timed("apply", lambda s=known, g=grad: apply(s, g))
                 loose = dataclasses.replace(grad, dense_shape=None)
@@ -268,7 +283,8 @@ def scaling() -> None:
         "capacity": [(1_000_000, n) for n in (4_096, 65_536, 1_000_000, 4_000_000)],
     }
     rows = []
-    for sizes in groups.values():
+    for full in groups.values():
+        sizes = [tuple(map(harness.scaled, size)) for size in full]
         labels = [f"{num_rows:,} rows, capacity {capacity:,}" for num_rows, capacity in sizes]
         held = dict(zip(labels, (repeated_apply(*size, held=True) for size in sizes), strict=True))
         new = dict(zip(labels, (repeated_apply(*size, held=False) for size in sizes), strict=True))
@@ -300,11 +316,12 @@ def repeated_apply(num_rows: int, capacity: int, *, held: bool) -> Callable[[], 
     """
     rng = np.random.default_rng(0)
     shape = (num_rows, 64)
-    ids = rng.choice(num_rows, 4096, replace=num_rows < 4096)
+    num_ids = harness.scaled(4096)
+    ids = rng.choice(num_rows, num_ids, replace=num_rows < num_ids)
     grads = [
         jaxaccum.IndexedSlices(
             jnp.asarray(rng.permutation(ids), jnp.int32),
-            jnp.asarray(rng.standard_normal((4096, 64), np.float32)),
+            jnp.asarray(rng.standard_normal((num_ids, 64), np.float32)),
             shape,
         )
         for _ in range(4)

@@ -162,7 +162,7 @@ def sharded() -> list[dict[str, Any]]:
     share = ROWS // NUM_DEVICES
 
     def fresh() -> Any:
-        return jaxaccum.shard_init((ROWS, WIDTH), capacity=2 * TOUCHED, mesh=mesh, axis_name="data")
+        return jaxaccum.shard_init((ROWS, WIDTH), mesh, "data", capacity=2 * TOUCHED)
 
     def apply(bucket: int | None, state: Any, ids: jax.Array, values: jax.Array) -> Any:
         grad = jaxaccum.IndexedSlices(ids, values, (ROWS, WIDTH))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import importlib.metadata
+import importlib.util
 import json
 import os
 import pathlib
@@ -19,6 +20,14 @@ import rich.table
 
 RESULTS = pathlib.Path(__file__).parent / "results"
 PEERS = ("jax", "jaxlib", "optax", "tensorflow-cpu", "torch", "numpy")
+
+# Everything runs once, on little, and nothing is written: so the gate sees that no benchmark rots.
+TINY = os.environ.get("JAXACCUM_BENCHMARKS") == "tiny"
+
+
+def scaled(size: int) -> int:
+    """Returns ``size``, or about a thousandth of it where all is to be tiny."""
+    return max(size // 1000, min(size, 32)) if TINY else size
 
 
 def timed(step: Callable[[], Any]) -> tuple[Any, float]:
@@ -44,6 +53,8 @@ def interleaved_ms(
     training loop does, and a time is its share of the row: on a CPU, JAX hands all but the least
     programs to another thread, and to be woken by it takes longer than a small program.
     """
+    if TINY:
+        repeats, warmup, in_a_row = 1, 0, 1
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(warmup + repeats):
         for name, step in steps.items():
@@ -64,6 +75,24 @@ def interleaved_ms(
             if repeat >= warmup:
                 times[name] += row
     return {name: statistics.median(ts) * 1e3 for name, ts in times.items()}
+
+
+def is_installed(peer: str) -> bool:
+    """Whether a peer can be measured here: TensorFlow has no package for some machines."""
+    return importlib.util.find_spec(peer) is not None
+
+
+def torch_device() -> str:
+    """Where PyTorch should compute, to be compared with JAX."""
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+
+
+def torch_wait() -> None:
+    """Waits for what PyTorch has begun, as ``block_until_ready`` does for JAX."""
+    import torch
+
+    if torch_device() == "cuda":
+        torch.cuda.synchronize()
 
 
 def environment() -> dict[str, Any]:
@@ -100,6 +129,8 @@ def report(name: str, rows: Iterable[dict[str, Any]], *, note: str = "") -> None
     console.print(table)
     if note:
         console.print(note)
+    if TINY:
+        return
     RESULTS.mkdir(exist_ok=True)
     device = jax.default_backend() + ("-huge_pages" if env["huge_pages"] else "")
     path = RESULTS / f"{name}-{device}-jax{env['versions']['jax']}.json"

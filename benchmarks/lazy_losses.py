@@ -12,6 +12,7 @@ import pathlib
 from collections.abc import Callable
 from typing import Any
 
+import harness
 import jax
 import jax.numpy as jnp
 import matplotlib
@@ -20,7 +21,7 @@ import optax
 
 import jaxaccum
 
-ROWS, RANK, BATCH, STEPS, EVERY = 3000, 8, 128, 3000, 30
+ROWS, RANK, BATCH, STEPS, EVERY = 3000, 8, 128, 60 if harness.TINY else 3000, 30
 PLOT = pathlib.Path(__file__).parent.parent / "docs" / "lazy_losses.png"
 
 
@@ -97,7 +98,8 @@ def main() -> None:
     axes[0].set_ylabel("loss on unseen entries")
     axes[0].legend()
     figure.tight_layout()
-    figure.savefig(PLOT, dpi=80)
+    if not harness.TINY:
+        figure.savefig(PLOT, dpi=80)
 
 
 if __name__ == "__main__":

@@ -108,8 +108,9 @@ def tracing(rows: int, ids: jax.Array) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
-    parser.add_argument("--batch", type=int, default=4096)
+    rows = [harness.scaled(100_000), harness.scaled(1_000_000)]
+    parser.add_argument("--rows", type=int, nargs="+", default=rows)
+    parser.add_argument("--batch", type=int, default=harness.scaled(4096))
     options = parser.parse_args()
     table = []
     for rows in options.rows:

@@ -12,6 +12,7 @@ as fast as it is.
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 import sys
@@ -24,7 +25,6 @@ import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
-import tensorflow as tf
 from jax.experimental import checkify, sparse
 
 import jaxaccum
@@ -33,6 +33,7 @@ from jaxaccum._rows.prefix_sums import count_before
 SIDE = 10_000
 START, SIZE = (2500, 2500), (5000, 5000)
 Step = Callable[[], Any]
+HAS_TENSORFLOW = importlib.util.find_spec("tensorflow") is not None
 
 
 def in_turn(step: Callable[..., Any], inputs: list[tuple[Any, ...]]) -> Step:
@@ -162,6 +163,8 @@ def jax_steps(pairs: Pairs, mixed: Pairs) -> dict[str, Step]:
 
 
 def tensorflow_steps(pairs: Pairs) -> dict[str, Step]:
+    import tensorflow as tf
+
     ops = tf.raw_ops
     shape, thresh = tf.constant([SIDE, SIDE], tf.int64), tf.constant(0.0)
     start, size = tf.constant(START, tf.int64), tf.constant(SIZE, tf.int64)
@@ -233,9 +236,10 @@ def measure(nse: int) -> list[dict[str, Any]]:
     peers = {
         "jaxaccum": jaxaccum_steps(pairs, mixed),
         "jax.experimental.sparse": jax_steps(pairs, mixed),
-        "tensorflow": tensorflow_steps(pairs),
         **least_steps(pairs),
     }
+    if HAS_TENSORFLOW:
+        peers["tensorflow"] = tensorflow_steps(pairs)
     is_long = nse > 100_000
     turns = {"repeats": 3 if is_long else 21, "in_a_row": 3 if is_long else 10}
     rows = []
@@ -256,12 +260,14 @@ def measure(nse: int) -> list[dict[str, Any]]:
 
 
 if __name__ == "__main__":
-    sizes = [int(arg) for arg in sys.argv[1:]] or [1024, 65_536, 1_000_000]
+    sizes = [int(arg) for arg in sys.argv[1:]] or [*map(harness.scaled, (1024, 65_536))]
+    sizes += [] if sys.argv[1:] or harness.TINY else [1_000_000]
     harness.report(
         "sparse_ops",
         [row for nse in sizes for row in measure(nse)],
         note="Medians of one process, peers in turns. jax.experimental.sparse 'slice' includes "
         "bcoo_sum_duplicates, without which its result is neither sorted nor unique. 'In a row': "
         "ten calls (three of the largest) one after the other and a single wait for the last. The "
-        "peer 'unmatched' is a floor of the raw slice gradient: it compares no row of the output.",
+        "peer 'unmatched' is a floor of the raw slice gradient: it compares no row of the output."
+        + ("" if HAS_TENSORFLOW else " TensorFlow is not installed here and was left out."),
     )

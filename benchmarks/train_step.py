@@ -32,7 +32,7 @@ import optax
 
 import jaxaccum
 
-WIDTH, BATCH, MICRO_BATCHES = 64, 4096, 4
+WIDTH, BATCH, MICRO_BATCHES = 64, harness.scaled(4096), 4
 TABLES = {"hidden": False, "table": True}
 
 
@@ -133,13 +133,14 @@ def jax_stepper(peer: str, rows: int, batches: list[np.ndarray]) -> tuple[Callab
 def torch_stepper(rows: int, batches: list[np.ndarray]) -> Callable[[], Any]:
     import torch
 
-    table = torch.nn.Embedding(rows, WIDTH, sparse=True)
-    hidden = torch.nn.Parameter(torch.randn(WIDTH) / 8)
+    device = harness.torch_device()
+    table = torch.nn.Embedding(rows, WIDTH, sparse=True, device=device)
+    hidden = torch.nn.Parameter(torch.randn(WIDTH, device=device) / 8)
     optimizers = [
         torch.optim.SparseAdam(list(table.parameters()), lr=1e-3),
         torch.optim.Adam([hidden], lr=1e-3),
     ]
-    ids = [torch.from_numpy(batch.astype(np.int64)) for batch in batches]
+    ids = [torch.from_numpy(batch.astype(np.int64)).to(device) for batch in batches]
     turn = iter(range(1 << 30))
 
     def run() -> None:
@@ -150,6 +151,7 @@ def torch_stepper(rows: int, batches: list[np.ndarray]) -> Callable[[], Any]:
             value.backward()
         for optimizer in optimizers:
             optimizer.step()
+        harness.torch_wait()
 
     return run
 
@@ -175,7 +177,8 @@ def compare(rows: int, peers: list[str], repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 1_000_000])
+    rows = [harness.scaled(100_000), harness.scaled(1_000_000)]
+    parser.add_argument("--rows", type=int, nargs="+", default=rows)
     parser.add_argument("--peers", nargs="+", default=[*JAX_PEERS, "torch"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--name", default="train_step")

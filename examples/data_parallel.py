@@ -41,8 +41,8 @@ def init(mesh: Mesh, graph: model.Graph, args: argparse.Namespace) -> Training:
     params = model.init_params(jax.random.key(args.seed), graph, args.dims)
     # No step touches more rows than this, on all devices together.
     capacity = args.micro_batches * SETTINGS["negatives"] + 2 * args.batch
-    shared = jaxaccum.shard_rows((params, jax.tree.map(jnp.zeros_like, params)), mesh, AXIS,
-                                 num_rows=0)  # fmt: skip
+    shared = (params, jax.tree.map(jnp.zeros_like, params))
+    shared = jaxaccum.shard_rows(shared, mesh, AXIS, tables=False)  # whole, on every device
     pending = model.init_accumulators(params, capacity)
     return Training(*shared, model.Tables(*(jaxaccum.replicate(p, mesh, AXIS) for p in pending)))
 
@@ -92,15 +92,11 @@ def compiled_step(mesh: Mesh, way: str, num_entities: int, key: jax.Array) -> Ca
         )
 
     def one_device(training: Training, triples: jax.Array, first: jax.Array) -> Any:
-        # Inside shard_map the axis of devices has length 1: dropped here, put back below.
-        pending = jax.tree.map(lambda leaf: leaf[0], training.pending)
-        training, losses = steps(training._replace(pending=pending), triples[:, 0], first)
-        pending = jax.tree.map(lambda leaf: leaf[None], training.pending)
-        return training._replace(pending=pending), losses
+        return steps(training, triples[:, 0], first)  # inside, the axis of devices has length 1
 
     specs = Training(SHARED, SHARED, PER_DEVICE)
     mapped = jax.shard_map(
-        one_device,
+        jaxaccum.drop_device_axis(one_device),
         mesh=mesh,
         in_specs=(specs, PartitionSpec(None, AXIS), SHARED),
         out_specs=(specs, SHARED),

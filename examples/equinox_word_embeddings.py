@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import collections
-import functools
 import io
 import pathlib
 import re
@@ -65,24 +64,20 @@ def is_table(path: Any, leaf: Any) -> bool:
 
 
 def make_step(model: SkipGram, weights: np.ndarray, options: argparse.Namespace) -> Any:
-    params, static = eqx.partition(model, eqx.is_inexact_array)
-
-    def loss(params: Any, pairs: jax.Array, negatives: jax.Array) -> jax.Array:
-        return negatives_loss(eqx.combine(params, static), pairs, negatives)
-
     tx = jaxaccum.lazy_rows(optax.adagrad(options.learning_rate, 0.0))
-    grad_fn = jaxaccum.value_and_sparse_grad(loss, tables=is_table)
+    grad_fn = jaxaccum.value_and_sparse_grad(negatives_loss, tables=is_table)
     edges = jnp.asarray(np.cumsum(weights) / np.sum(weights), jnp.float32)
 
-    @functools.partial(jax.jit, donate_argnums=(0, 1))
-    def step(params: Any, state: Any, pairs: jax.Array, key: jax.Array) -> Any:
+    @eqx.filter_jit(donate="all-except-first")
+    def step(batch: Any, model: SkipGram, state: Any) -> Any:
+        pairs, key = batch
         drawn = jax.random.uniform(key, (len(pairs), options.negatives), jnp.float32)
         negatives = jnp.minimum(jnp.searchsorted(edges, drawn), len(edges) - 1)
-        value, grads = grad_fn(params, pairs, negatives)
-        updates, state = tx.update(grads, state, params)
-        return jaxaccum.apply_updates(params, updates), state, value
+        value, grads = grad_fn(model, pairs, negatives)
+        updates, state = tx.update(grads, state, eqx.filter(model, eqx.is_inexact_array))
+        return eqx.apply_updates(model, updates), state, value
 
-    return (params, tx.init(params)), static, step
+    return tx.init(eqx.filter(model, eqx.is_inexact_array)), step
 
 
 def library_text(limit: int) -> list[str]:
@@ -132,17 +127,16 @@ def train(options: argparse.Namespace, words: list[str]) -> None:
     pairs = pairs_of(ids, options.window)
     console.print(f"{len(words):,} words, {len(vocabulary):,} different, {len(pairs):,} pairs")
     model = SkipGram(len(vocabulary), options.dim, jax.random.key(options.seed))
-    (params, state), static, step = make_step(model, frequent**0.75, options)
+    state, step = make_step(model, frequent**0.75, options)
     losses, start = [], time.perf_counter()
     for number in rich.progress.track(range(options.steps), "training", console=console):
         picked = pairs[rng.integers(0, len(pairs), options.batch)]
-        params, state, loss = step(params, state, picked, jax.random.key(number))
+        model, state, loss = step((picked, jax.random.key(number)), model, state)
         losses.append(loss)
     ends = [float(jnp.mean(jnp.stack(part))) for part in (losses[:50], losses[-50:])]
     speed = (time.perf_counter() - start) / options.steps * 1e3
     console.print(f"loss {ends[0]:.3f} at first, {ends[1]:.3f} at last; {speed:.2f} ms a step")
-    trained = eqx.combine(params, static)
-    console.print(neighbours(np.asarray(trained.words.weight), vocabulary))
+    console.print(neighbours(np.asarray(model.words.weight), vocabulary))
 
 
 def main(argv: list[str] | None = None) -> None:

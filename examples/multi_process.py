@@ -39,7 +39,7 @@ def worker(args: argparse.Namespace) -> None:
         with np.load(checkpoint) as file:
             first_epoch = int(file["epoch"])
             tables = [model.Tables(file[f"{n}_0"], file[f"{n}_1"]) for n in ("params", "squares")]
-        shared = jaxaccum.shard_rows(tuple(tables), mesh, data_parallel.AXIS, num_rows=0)
+        shared = jaxaccum.shard_rows(tuple(tables), mesh, data_parallel.AXIS, tables=False)
         training = data_parallel.Training(*shared, training.pending)
 
     def after_epoch(epoch: int, training: data_parallel.Training, loss: float) -> None:

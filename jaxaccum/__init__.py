@@ -7,24 +7,28 @@ from jaxaccum._accumulator.state import AccumulatorState, Verdict, init, set_ste
 from jaxaccum._accumulator.take import take
 from jaxaccum._coordinator.errors import CancelledError, DeadlineExceededError, InvalidArgumentError
 from jaxaccum._distributed.all_merge import all_merge, all_take
-from jaxaccum._distributed.mesh import replicate, shard_init, shard_rows, shard_specs
+from jaxaccum._distributed.all_sum import all_sum
+from jaxaccum._distributed.mesh import (
+    drop_device_axis,
+    replicate,
+    shard_init,
+    shard_rows,
+    shard_specs,
+)
 from jaxaccum._distributed.sharded_table import all_apply, all_lookup
 from jaxaccum._optimizers.accumulate import MicroBatchState, accumulate
 from jaxaccum._optimizers.apply_updates import apply_updates, count_invalid
 from jaxaccum._optimizers.freeze_rows import freeze_rows
 from jaxaccum._optimizers.lazy_rows import lazy_rows
 from jaxaccum._optimizers.rowwise_adagrad import rowwise_adagrad
+from jaxaccum._rows.embedding_bag import embedding_bag
 from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.map_values import global_norm, map_values
+from jaxaccum._rows.row_major import row_major
 from jaxaccum._rows.unique_rows import sum_duplicates
 from jaxaccum._sparse_grad.value_and_sparse_grad import value_and_sparse_grad
-from jaxaccum._sparse_ops.ops import (
-    sparse_add,
-    sparse_add_grad,
-    sparse_add_jvp,
-    sparse_slice,
-    sparse_slice_grad,
-    sparse_slice_jvp,
-)
+from jaxaccum._sparse_ops.ops import sparse_add, sparse_add_jvp, sparse_slice, sparse_slice_jvp
+from jaxaccum._sparse_ops.raw_grads import sparse_add_grad, sparse_slice_grad
 from jaxaccum._tensorflow.conditional_accumulator import SparseConditionalAccumulator
 from jaxaccum._tensorflow.sparse_gradient import SparseGradient
 
@@ -42,17 +46,23 @@ __all__ = [
     "all_apply",
     "all_lookup",
     "all_merge",
+    "all_sum",
     "all_take",
     "apply",
     "apply_updates",
     "count_invalid",
+    "drop_device_axis",
+    "embedding_bag",
     "freeze_rows",
+    "global_norm",
     "grow",
     "init",
     "lazy_rows",
+    "map_values",
     "merge",
     "raw_ops",
     "replicate",
+    "row_major",
     "rowwise_adagrad",
     "set_step",
     "shard_init",

@@ -18,7 +18,8 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxaccum._coordinator.coordinator import Coordinator
 from jaxaccum._coordinator.errors import InvalidArgumentError
-from jaxaccum._sparse_ops.ops import sparse_add, sparse_add_grad, sparse_slice, sparse_slice_grad
+from jaxaccum._sparse_ops.ops import sparse_add, sparse_slice
+from jaxaccum._sparse_ops.raw_grads import pull_slice, sparse_add_grad
 from jaxaccum._tensorflow import raw_checks as checks
 from jaxaccum._tensorflow.conditional_accumulator import SparseConditionalAccumulator
 from jaxaccum._tensorflow.sparse_gradient import SparseGradient, as_tuple
@@ -337,11 +338,12 @@ def SparseSliceGrad(
     Source: TensorFlow's ``tf.raw_ops.SparseSliceGrad``.
     """
     checks.slice_grad(backprop_val_grad, input_indices, input_start, output_indices)
-    return sparse_slice_grad(
+    return pull_slice(
         jnp.asarray(backprop_val_grad),
         _index_array(input_indices),
         np.asarray(input_start),
         _index_array(output_indices),
+        allow_padding=False,
     )
 
 

@@ -42,6 +42,10 @@ def pytest_report_header(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    if "aot" not in (config.getoption("markexpr") or ""):
+        compiled = [item for item in items if item.get_closest_marker("aot")]
+        config.hook.pytest_deselected(items=compiled)
+        items[:] = [item for item in items if item not in compiled]
     if not config.getoption("--full"):
         left_out = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=left_out)

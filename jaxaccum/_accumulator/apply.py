@@ -15,6 +15,7 @@ from jaxaccum._accumulator.counters import saturating_add
 from jaxaccum._accumulator.row_index import NOWHERE, Bid, Claim, DirectMap, HashTable
 from jaxaccum._accumulator.state import AccumulatorState, Verdict, as_int32
 from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
+from jaxaccum._rows.on_mesh import match_rows, unshard
 
 
 def apply(
@@ -107,11 +108,17 @@ class _Part(NamedTuple):
         return add_claimed(state, claim, self.ids, self.values, jnp.int32(1))
 
 
+def _on_mesh(grad: IndexedSlices, state: AccumulatorState) -> IndexedSlices:
+    values = match_rows(unshard(grad.values), state.values)
+    return dataclasses.replace(grad, indices=unshard(grad.indices), values=values)
+
+
 @jax.jit
 def apply_all(
     states: list[AccumulatorState], grads: list[IndexedSlices], is_stale: jax.Array
 ) -> tuple[list[AccumulatorState], jax.Array]:
     """Adds a gradient to each of several accumulators, or none to any: one verdict on them all."""
+    grads = [_on_mesh(grad, state) for state, grad in zip(states, grads, strict=True)]
     pairs = list(zip(states, grads, strict=True))
     rows = [table_rows(grad, state.dense_shape[0]) for state, grad in pairs]
     is_invalid = functools.reduce(operator.or_, (bad for _, bad in rows), jnp.bool_(False))

@@ -17,18 +17,16 @@ contents. What is needed later is read from the new buffer instead.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jaxaccum._rows.prefix_sums import count_before, rank_in_words
+from jaxaccum._rows.public import pytree
 
 # Past the end of every table: scatters drop it. Also the map entry of a row without a slot.
 NOWHERE = 2**31 - 1
-
-_register = functools.partial(jax.tree_util.register_dataclass, meta_fields=[])
 
 
 class Bid(NamedTuple):
@@ -69,7 +67,7 @@ class Claim(NamedTuple):
     fits: jax.Array
 
 
-@functools.partial(_register, data_fields=["slots"])
+@pytree(data_fields=["slots"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class DirectMap:
     """Slot of each row, NOWHERE where it has none; int32 ``[rows]``."""
@@ -115,18 +113,11 @@ class DirectMap:
 
     def drain(self, indices: jax.Array, num_rows: jax.Array) -> tuple[DirectMap, jax.Array]:
         """Returns an empty map and int32 ``[capacity]``, slots ascending by row, then NOWHERE."""
-        capacity, rows = indices.shape[0], self.slots.shape[0]
-        slot = jnp.arange(capacity, dtype=jnp.int32)
+        slot = jnp.arange(indices.shape[0], dtype=jnp.int32)
         held = jnp.where(slot < num_rows, indices, NOWHERE)
-        if rows <= _BITMAP_ROWS_PER_SLOT * capacity:
-            rank = _rank_in_bitmap(held, rows)
-            order = jnp.full(capacity, NOWHERE, jnp.int32).at[rank].set(slot, mode="drop")
-        else:
-            held = jnp.sort(held)
-            order = self.slots.at[held].get(mode="fill", fill_value=NOWHERE)
-            # Every row held has a slot. Reading this off the slots lets the look-up feed the
-            # scatter below; otherwise XLA copies the map where the two stand in a conditional.
-            held = jnp.where(order == NOWHERE, NOWHERE, held)
+        held, order = jax.lax.platform_dependent(
+            held, self.slots, cpu=_ascending_on_cpu, default=_ascending_by_sort
+        )
         return self.release(held), order
 
     def release(self, ids: jax.Array) -> DirectMap:
@@ -138,6 +129,28 @@ class DirectMap:
 _BITMAP_ROWS_PER_SLOT = 128
 
 
+def _ascending_on_cpu(held: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Rows in any order and their slots in ascending order of row; NOWHERE for no row."""
+    capacity, rows = held.shape[0], slots.shape[0]
+    if rows <= _BITMAP_ROWS_PER_SLOT * capacity:
+        rank, slot = _rank_in_bitmap(held, rows), jnp.arange(capacity, dtype=jnp.int32)
+        return held, jnp.full(capacity, NOWHERE, jnp.int32).at[rank].set(slot, mode="drop")
+    # Sorting ids alone and looking their slots up beats sorting pairs threefold.
+    held = jnp.sort(held)
+    order = slots.at[held].get(mode="fill", fill_value=NOWHERE)
+    # Every row held has a slot. Reading this off the slots lets the look-up feed the scatter that
+    # follows; otherwise XLA copies the map where the two stand in a conditional.
+    return jnp.where(order == NOWHERE, NOWHERE, held), order
+
+
+def _ascending_by_sort(held: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same where a sort is cheap and each scatter or look-up by entry is dear."""
+    del slots
+    slot = jnp.arange(held.shape[0], dtype=jnp.int32)
+    held, order = jax.lax.sort((held, slot), num_keys=1)
+    return held, jnp.where(held == NOWHERE, NOWHERE, order)
+
+
 def _rank_in_bitmap(ids: jax.Array, rows: int) -> jax.Array:
     """How many of the distinct ``ids`` lie below each; NOWHERE for ids past the last row."""
     word, bit = ids >> 5, (ids & 31).astype(jnp.uint32)
@@ -146,7 +159,7 @@ def _rank_in_bitmap(ids: jax.Array, rows: int) -> jax.Array:
     return jnp.where(ids < rows, rank_in_words(words, ids), NOWHERE)
 
 
-@functools.partial(_register, data_fields=["keys", "places"])
+@pytree(data_fields=["keys", "places"], meta_fields=[])
 @dataclasses.dataclass(frozen=True)
 class HashTable:
     """Open addressing with double hashing: ``keys`` hold the row of each place, int32 ``[places]``.
@@ -186,13 +199,25 @@ class HashTable:
     def drain(self, indices: jax.Array, num_rows: jax.Array) -> tuple[HashTable, jax.Array]:
         """Returns an empty table and int32 ``[capacity]``, slots ascending by row, then NOWHERE."""
         slot = jnp.arange(indices.shape[0], dtype=jnp.int32)
-        ids = jnp.sort(jnp.where(slot < num_rows, indices, NOWHERE))
+        held = jnp.where(slot < num_rows, indices, NOWHERE)
+        return jax.lax.platform_dependent(
+            self, held, cpu=HashTable._drain_by_place, default=HashTable._drain_whole
+        )
+
+    def _drain_by_place(self, held: jax.Array) -> tuple[HashTable, jax.Array]:
+        ids = jnp.sort(held)
         # Sorting ids alone and looking their slots up beats sorting pairs threefold.
         place = _find(self.keys, ids)
         order = self.places.slots.at[place].get(mode="fill", fill_value=NOWHERE)
         keys = self.keys.at[place].set(NOWHERE, mode="drop")
         places = self.places.slots.at[place].set(NOWHERE, mode="drop")
         return HashTable(keys, DirectMap(places)), order
+
+    def _drain_whole(self, held: jax.Array) -> tuple[HashTable, jax.Array]:
+        # Sixteen bytes a slot are written in one stroke, where looking places up is a loop and
+        # vacating them two scatters.
+        _, order = _ascending_by_sort(held, self.places.slots)
+        return jax.tree.map(lambda leaf: jnp.full_like(leaf, NOWHERE), self), order
 
 
 def _prime_up_to(bound: int) -> int:

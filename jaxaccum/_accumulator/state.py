@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import functools
 import operator
 from typing import Literal, get_args
 
@@ -15,7 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxaccum._accumulator.row_index import DirectMap, HashTable
 from jaxaccum._rows.indexed_slices import canonical_shape, padding_index
-from jaxaccum._rows.public import public
+from jaxaccum._rows.public import public, pytree
 from jaxaccum._rows.unique_rows import sum_dtype
 
 Reduction = Literal["mean_per_row", "mean_per_gradient", "sum"]
@@ -36,8 +35,7 @@ class Verdict(enum.IntEnum):
 
 
 @public
-@functools.partial(
-    jax.tree_util.register_dataclass,
+@pytree(
     data_fields=[
         "indices",
         "values",

@@ -166,7 +166,7 @@ def _exchange_rows(
         slot = jnp.where(slot < size, slot, NOWHERE)
         distinct = jnp.full(size, NOWHERE, jnp.int32).at[slot].set(ids, mode="drop")
     else:
-        distinct, num_distinct = _distinct(ids.reshape(-1), size)
+        distinct, num_distinct = distinct_ids(ids.reshape(-1), size)
         slot = jnp.searchsorted(distinct, ids).astype(jnp.int32)
         is_in = is_held & (distinct.at[slot].get(mode="fill", fill_value=NOWHERE) == ids)
         slot = jnp.where(is_in, slot, NOWHERE)
@@ -186,7 +186,7 @@ def _ranks_in_bitmap(ids: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     return jnp.where(ids == NOWHERE, NOWHERE, rank_in_words(words, ids)), num_held
 
 
-def _distinct(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
+def distinct_ids(ids: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
     """The lowest ``size`` distinct ids, ascending, NOWHERE last; and how many there are in all."""
     ids = jnp.sort(ids)
     is_first = (ids != NOWHERE) & jnp.concatenate([jnp.ones(1, bool), ids[1:] != ids[:-1]])

@@ -3,26 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-from typing import Any
+from collections.abc import Callable
+from typing import TypeVar, cast
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
-from jaxaccum._accumulator.state import AccumulatorState, init
+from jaxaccum._accumulator.state import AccumulatorState, Reduction, init
 from jaxaccum._distributed.exchange import AxisName
 from jaxaccum._rows.indexed_slices import canonical_shape
+from jaxaccum._rows.tables import KeyPath, Tables, select_tables
+from jaxaccum._rows.tree import PyTree
+
+Result = TypeVar("Result")
 
 
 def replicate(state: AccumulatorState, mesh: Mesh, axis_name: AxisName) -> AccumulatorState:
     """Makes a copy of an empty accumulator for each device along a mesh axis.
 
     The leaves have a leading axis of devices, and are sharded along it: pass them to
-    `jax.shard_map` with ``PartitionSpec(axis_name)``, and inside drop the axis, which has length 1
-    there, by ``jax.tree.map(lambda leaf: leaf[0], state)``; put it back by ``leaf[None]``.
+    `jax.shard_map` with ``PartitionSpec(axis_name)``, and a function that `drop_device_axis` made.
 
     Args:
       state: an accumulator that holds no gradients. Its verdict counts count once on all devices.
@@ -67,20 +73,26 @@ def replicate(state: AccumulatorState, mesh: Mesh, axis_name: AxisName) -> Accum
 
 def shard_init(
     dense_shape: tuple[int, ...],
-    dtype: DTypeLike = np.float32,
-    *,
     mesh: Mesh,
     axis_name: AxisName,
-    **options: Any,
+    *,
+    dtype: DTypeLike = np.float32,
+    capacity: int,
+    reduction: Reduction = "mean_per_row",
+    accumulator_dtype: DTypeLike | None = None,
+    global_step: int = 0,
 ) -> AccumulatorState:
     """Makes an accumulator for each shard of a row-sharded table.
 
     Args:
       dense_shape: shape of the whole table, ``(rows, *row)``.
-      dtype: as in `init`.
       mesh: as in `replicate`.
       axis_name: the axis, or axes, of ``mesh`` the table is sharded over.
-      **options: the keyword arguments of `init`; ``capacity`` is that of one shard.
+      dtype: as in `init`, like all that follow.
+      capacity: how many distinct rows one shard can hold.
+      reduction: what `take` makes of the sums.
+      accumulator_dtype: of the sums.
+      global_step: the step gradients must be computed at, or later.
 
     Returns:
       An `AccumulatorState` of ``(rows / n, *row)`` with a leading axis of devices, as from
@@ -88,86 +100,196 @@ def shard_init(
 
     Raises:
       TypeError: as `init`.
-      ValueError: as `init` and `replicate`, or the rows do not divide among the devices.
+      ValueError: as `init`; the row count is unknown or does not divide among the devices; ``mesh``
+        has no such axis; or processes pass different arguments.
 
     Example:
       >>> import jax, jaxaccum
       >>> mesh = jax.make_mesh((jax.device_count(),), ("rows",))
       >>> shape = (jax.device_count() * 100, 2)
-      >>> jaxaccum.shard_init(shape, capacity=8, mesh=mesh, axis_name="rows").dense_shape
+      >>> jaxaccum.shard_init(shape, mesh, "rows", capacity=8).dense_shape
       (100, 2)
     """
     rows, *row = canonical_shape(dense_shape)
     if rows is None:
         raise ValueError(f"dense_shape must have a known row count, got {dense_shape}")
     shard = _shard_length(rows, mesh, axis_name, "dense_shape")
-    return replicate(init((shard, *row), dtype, **options), mesh, axis_name)
+    state = init(
+        (shard, *row),
+        dtype,
+        capacity=capacity,
+        reduction=reduction,
+        accumulator_dtype=accumulator_dtype,
+        global_step=global_step,
+    )
+    return replicate(state, mesh, axis_name)
 
 
-def shard_rows(tree: Any, mesh: Mesh, axis_name: AxisName, *, num_rows: int) -> Any:
-    """Shards a table, and all of an optimizer's state that goes by its rows, over a mesh axis.
+def shard_rows(
+    tree: PyTree, mesh: Mesh, axis_name: AxisName, *, tables: Tables, params: PyTree = None
+) -> PyTree:
+    """Puts a tree on a mesh: tables, and what goes by their rows, in shards; all else replicated.
 
     Args:
-      tree: of arrays. Those of ``num_rows`` rows are sharded by ranges of rows, all others are
-        replicated. In a run of many processes each passes the same, whole arrays.
+      tree: of arrays: the params, the state of their optimizer, or both and more. In a run of many
+        processes each passes the same, whole arrays.
       mesh: of any number of axes.
       axis_name: one axis of ``mesh``, or a tuple of them.
-      num_rows: rows of the table.
+      tables: as in `shard_specs`.
+      params: as in `shard_specs`.
 
     Returns:
-      The tree of sharded arrays.
+      The tree of arrays on ``mesh``.
 
     Raises:
-      ValueError: ``num_rows`` does not divide among the devices, or ``mesh`` has no such axis; or
-        processes pass arrays of different shapes, which every process is told before anything is
-        exchanged.
+      TypeError: as `shard_specs`.
+      ValueError: as `shard_specs`; the rows of a table do not divide among the devices; ``mesh``
+        has no such axis; or processes pass arrays of different shapes, which every process is told
+        before anything is exchanged.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxaccum
       >>> mesh = jax.make_mesh((jax.device_count(),), ("rows",))
       >>> table = jnp.zeros((jax.device_count() * 4, 2))
-      >>> table = jaxaccum.shard_rows(table, mesh, "rows", num_rows=len(table))
+      >>> table = jaxaccum.shard_rows(table, mesh, "rows", tables=True)
       >>> table.addressable_shards[0].data.shape
       (4, 2)
     """
-    _shard_length(num_rows, mesh, axis_name, "num_rows")
-    shapes = [f"{leaf.dtype}{list(leaf.shape)}" for leaf in jax.tree.leaves(tree)]
+    specs = shard_specs(tree, axis_name, tables=tables, params=params)
+    _num_devices(mesh, axis_name)
+    shapes = [f"{jnp.result_type(leaf)}{list(np.shape(leaf))}" for leaf in jax.tree.leaves(tree)]
     _check_alike(f"tree of {', '.join(shapes)}")
 
-    def placed(leaf: Any, spec: PartitionSpec) -> jax.Array:
+    def placed(path: KeyPath, leaf: ArrayLike, spec: PartitionSpec) -> jax.Array:
+        if len(spec):
+            name = f"tree{jax.tree_util.keystr(path)}"
+            _shard_length(np.shape(leaf)[0], mesh, axis_name, name)
         sharding = NamedSharding(mesh, spec)
         if sharding.is_fully_addressable:
             return jax.device_put(leaf, sharding)
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
 
-    return jax.tree.map(placed, tree, shard_specs(tree, axis_name, num_rows=num_rows))
+    return jax.tree_util.tree_map_with_path(placed, tree, specs)
 
 
-def shard_specs(tree: Any, axis_name: AxisName, *, num_rows: int) -> Any:
+def shard_specs(
+    tree: PyTree, axis_name: AxisName, *, tables: Tables, params: PyTree = None
+) -> PyTree:
     """The ``PartitionSpec`` of each array as `shard_rows` shards it, for `jax.shard_map`.
 
+    What an optimizer keeps for a table has the table's key path at the end of its own, as in
+    ``state[0].mu["table"]``, for it keeps trees like the params; and if it is kept by row, it has
+    as many rows. Such leaves go with their table, everything else is replicated. Accumulators that
+    `replicate` and `shard_init` made go by their axis of devices, all others, such as those in a
+    `MicroBatchState`, are replicated.
+
     Args:
-      tree: of arrays, or of their shapes.
+      tree: of arrays, or of their shapes: the params, or any tree that holds them, or trees like
+        them, such as the state of an optimizer.
       axis_name: the axis, or axes, to shard over.
-      num_rows: rows of the table.
+      tables: which leaves of the params are tables: a predicate ``(path, leaf) -> bool`` or a
+        (prefix) tree of bools, as in `value_and_sparse_grad`; ``False`` for none.
+      params: what ``tables`` selects from, where that is not ``tree`` itself.
 
     Returns:
-      A tree of ``PartitionSpec(axis_name)`` for arrays of ``num_rows`` rows, else
-      ``PartitionSpec()``.
+      A tree of ``PartitionSpec(axis_name)`` for arrays in shards, else ``PartitionSpec()``.
+
+    Raises:
+      TypeError: ``tables`` returns or holds something else than bools, or selects integers.
+      ValueError: ``tables`` does not match the params, or selects a scalar.
 
     Example:
-      >>> import jax.numpy as jnp, jaxaccum
-      >>> params = {"step": jnp.zeros(()), "table": jnp.zeros((8, 2))}
-      >>> jaxaccum.shard_specs(params, "rows", num_rows=8)
-      {'step': P(), 'table': P('rows',)}
+      >>> import jax.numpy as jnp, jaxaccum, optax
+      >>> params = {"table": jnp.zeros((8, 2)), "rates": jnp.zeros(8)}
+      >>> tables = {"table": True, "rates": False}
+      >>> jaxaccum.shard_specs(params, "rows", tables=tables)
+      {'rates': P(), 'table': P('rows',)}
+      >>> state = optax.trace(0.9).init(params)
+      >>> jaxaccum.shard_specs(state, "rows", tables=tables, params=params).trace
+      {'rates': P(), 'table': P('rows',)}
+    """
+    owners = _owners(tree if params is None else params, tables)
+
+    def spec(path: KeyPath, leaf: PyTree) -> PyTree:
+        if isinstance(leaf, AccumulatorState):
+            axes = (axis_name,) if leaf.num_rows.ndim else ()
+            return jax.tree.map(lambda _: _spec(*axes), leaf)
+        starts = (path[start:] for start in range(len(path) + 1))
+        rows = next((owners[end] for end in starts if end in owners), None)
+        by_row = rows is not None and np.shape(leaf)[:1] == (rows,)
+        return _spec(axis_name) if by_row else _spec()
+
+    return jax.tree_util.tree_map_with_path(spec, tree, is_leaf=_is_accumulator)
+
+
+def drop_device_axis(fun: Callable[..., Result]) -> Callable[..., Result]:
+    """Makes ``fun``, to be mapped by `jax.shard_map`, see each device's own accumulators.
+
+    `replicate` and `shard_init` make accumulators with a leading axis of devices. In mapped code it
+    has length 1: dropped from every `AccumulatorState` among the arguments, wherever it stands in
+    them, and put back on those that ``fun`` returns. All other arguments and results are left
+    alone. `jax.pmap` drops that axis by itself.
+
+    Args:
+      fun: works on accumulators as `init` makes them.
+
+    Returns:
+      A function of the same arguments, for `jax.shard_map`.
+
+    Raises:
+      ValueError: while ``fun`` is traced: an accumulator has no such axis, or it is longer, as
+        where the ``in_specs`` do not shard it.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxaccum
+      >>> from jax.sharding import AxisType, PartitionSpec as P
+      >>> mesh = jax.make_mesh((jax.device_count(),), ("data",), axis_types=(AxisType.Auto,))
+      >>> states = jaxaccum.replicate(jaxaccum.init((100, 1), capacity=4), mesh, "data")
+      >>> def add(state, ids):
+      ...     grad = jaxaccum.IndexedSlices(ids, jnp.ones((len(ids), 1)), (100, 1))
+      ...     return jaxaccum.apply(state, grad)[0]
+      >>> add = jax.shard_map(
+      ...     jaxaccum.drop_device_axis(add), mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+      >>> states = add(states, jnp.arange(2 * jax.device_count()))
+      >>> states.num_rows[-1]
+      Array(2, dtype=int32)
     """
 
-    def spec(leaf: Any) -> PartitionSpec:
-        has_rows = np.ndim(leaf) > 0 and np.shape(leaf)[0] == num_rows
-        return _spec(axis_name) if has_rows else _spec()
+    def dropped(node: PyTree) -> PyTree:
+        if not _is_accumulator(node):
+            return node
+        if node.num_rows.shape != (1,):
+            raise ValueError(
+                "an accumulator must have an axis of devices of length 1 in mapped code, from "
+                "replicate or shard_init by in_specs of its axis_name; got num_rows of shape "
+                f"{node.num_rows.shape}"
+            )
+        return jax.tree.map(lambda leaf: leaf[0], node)
 
-    return jax.tree.map(spec, tree)
+    def put_back(node: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf: leaf[None], node) if _is_accumulator(node) else node
+
+    @functools.wraps(fun)
+    def mapped(*args: PyTree) -> Result:
+        results = fun(*jax.tree.map(dropped, args, is_leaf=_is_accumulator))
+        return cast("Result", jax.tree.map(put_back, results, is_leaf=_is_accumulator))
+
+    return mapped
+
+
+def _owners(params: PyTree, tables: Tables) -> dict[KeyPath, int | None]:
+    """The key path of every leaf of the params, with the rows of those that are tables."""
+    selected = jax.tree.leaves(select_tables(tables, params))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    return {
+        path: np.shape(leaf)[0] if is_table else None
+        for (path, leaf), is_table in zip(leaves, selected, strict=True)
+    }
+
+
+def _is_accumulator(node: object) -> bool:
+    return isinstance(node, AccumulatorState)
 
 
 def _spec(*axes: AxisName) -> PartitionSpec:

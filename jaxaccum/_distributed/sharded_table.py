@@ -8,7 +8,9 @@ ids a device brings, ``k`` of them it can send to each owner.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
+from collections.abc import Callable
 from typing import NamedTuple, cast
 
 import jax
@@ -19,9 +21,16 @@ from jaxaccum._accumulator.apply import add_claimed, check_matches, table_rows
 from jaxaccum._accumulator.counters import saturating_add
 from jaxaccum._accumulator.row_index import NOWHERE, Claim, DirectMap
 from jaxaccum._accumulator.state import AccumulatorState, Verdict, as_int32
-from jaxaccum._distributed.exchange import AxisName, all_gather, all_to_all, axis_size
-from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
+from jaxaccum._distributed.exchange import (
+    AxisName,
+    all_gather,
+    all_to_all,
+    axis_size,
+    distinct_ids,
+)
+from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices, padding_index
 from jaxaccum._rows.prefix_sums import count_before
+from jaxaccum._rows.unique_rows import expand_to_rows, unique_rows
 
 
 def all_apply(
@@ -38,16 +47,17 @@ def all_apply(
     other. All shards count the same gradients and verdicts; `take` is then ready on all or none,
     and gives each the rows it owns, by local ids. A gradient that is STALE or INVALID is refused by
     itself. OVERFLOW, however, refuses the gradients of all devices: a shard has not enough room for
-    its part of them, or a device has more than ``bucket`` slices for one owner.
+    its part of them, or a device has more than ``bucket`` distinct rows for one owner.
 
     Args:
       state: the accumulator of this device's shard, of ``[rows / n, *row]``, from `shard_init`.
       grad: this device's gradient of the whole table, ``[rows, *row]``, by global ids.
       axis_name: the mesh or `jax.pmap` axis, or axes, the table is sharded over.
       local_step: as in `apply`.
-      bucket: how many slices a device can send to each owner; by default all it has, which cannot
-        overflow. Bytes and time follow it: with ids spread evenly, twice the slices divided by the
-        devices is ample.
+      bucket: how many rows a device can send to each owner; by default all its slices, which cannot
+        overflow. Bytes and time follow it: with rows spread evenly, twice the slices divided by
+        the devices is ample. Where the slices do not fit, those of each row are summed before they
+        are sent, in the accumulator's dtype, so that only distinct rows count.
 
     Returns:
       The new state, and the `Verdict` of this device's gradient as an int32 scalar.
@@ -81,9 +91,16 @@ def all_apply(
     verdict = jnp.where(is_invalid, jnp.int32(Verdict.INVALID), jnp.int32(Verdict.ACCEPTED))
     verdict = jnp.where(is_stale, jnp.int32(Verdict.STALE), verdict)
 
-    route = _route(ids, shard_length, num_devices, bucket)
+    routed = _router(shard_length, num_devices, bucket, ids.shape[0])
+    route, values = routed(ids), grad.values
+    if route.source.shape[1] < ids.shape[0]:
+        # Where nothing can overflow, nobody waits for a sort, and 16 bits travel as 16 bits.
+        values = values.astype(state.values.dtype)
+        route, values = jax.lax.cond(
+            route.fits, lambda: (route, values), lambda: _sums_routed(routed, ids, values, whole)
+        )
     ids = _delivered(route, route.local_ids, NOWHERE, axis_name)
-    values = _delivered(route, grad.values, 0, axis_name)
+    values = _delivered(route, values, 0, axis_name)
     state, all_fit = _add_parts(state, ids, values, route.fits, axis_name)
 
     refused = jnp.where(all_fit, jnp.int32(Verdict.ACCEPTED), jnp.int32(Verdict.OVERFLOW))
@@ -109,12 +126,14 @@ def all_lookup(
       ids: int ``[b]``, the rows this device asks for, by global ids; the padding index ``rows``
         gives a row of zeros.
       axis_name: the mesh or `jax.pmap` axis, or axes, the table is sharded over.
-      bucket: how many ids a device can send to each owner; by default all it has. The ids beyond
-        get rows of zeros, and the verdict says so.
+      bucket: how many distinct ids a device can send to each owner; by default all it has, which
+        cannot overflow.
 
     Returns:
       Rows ``[b, *row]``; and a `Verdict` as an int32 scalar: INVALID if one of this device's ids is
-      out of range, else OVERFLOW if one of its buckets is, else ACCEPTED.
+      out of range, else OVERFLOW if one of its buckets is, else ACCEPTED. An id that is out of
+      range, or one too many for its bucket, gets a row of NaN (of the lowest number in a table of
+      integers), so that a loss shows it even to those who drop the verdict.
 
     Raises:
       TypeError: ``ids`` are no integers.
@@ -132,15 +151,21 @@ def all_lookup(
     rows = shard.shape[0] * num_devices
     # A gradient without columns: its ids are checked and read as those of any other.
     asked = IndexedSlices(ids, jnp.zeros((jnp.shape(ids)[0], 0), jnp.float32), (rows, 0))
-    wanted, is_invalid = table_rows(as_device_slices(asked), rows)
-    route = _route(wanted, shard.shape[0], num_devices, bucket)
+    asked = as_device_slices(asked)
+    wanted, is_invalid = table_rows(asked, rows)
+    routed = _router(shard.shape[0], num_devices, bucket, wanted.shape[0])
+    route = routed(wanted)
+    if route.source.shape[1] < wanted.shape[0]:
+        route = jax.lax.cond(route.fits, lambda: route, lambda: _distinct_routed(routed, wanted))
     found = shard.at[_delivered(route, route.local_ids, NOWHERE, axis_name)].get(
         mode="fill", fill_value=0
     )
     found = all_to_all(found, axis_name).reshape(-1, *shard.shape[1:])
+    found = found.at[route.place].get(mode="fill")  # with NaN
+    is_padding = expand_to_rows(asked.indices == rows, found)
     verdict = jnp.where(route.fits, jnp.int32(Verdict.ACCEPTED), jnp.int32(Verdict.OVERFLOW))
     return (
-        found.at[route.place].get(mode="fill", fill_value=0),
+        jnp.where(is_padding, jnp.zeros((), found.dtype), found),
         jnp.where(is_invalid, jnp.int32(Verdict.INVALID), verdict),
     )
 
@@ -161,10 +186,18 @@ class _Route(NamedTuple):
     fits: jax.Array
 
 
-def _route(ids: jax.Array, shard_length: int, num_devices: int, bucket: int | None) -> _Route:
-    bucket = max(ids.shape[0], 1) if bucket is None else operator.index(bucket)
+_Router = Callable[[jax.Array], _Route]
+
+
+def _router(shard_length: int, num_devices: int, bucket: int | None, num_ids: int) -> _Router:
+    """Makes the function that sends ids to the owners of their rows."""
+    bucket = max(num_ids, 1) if bucket is None else operator.index(bucket)
     if bucket < 1:
         raise ValueError(f"bucket must be at least 1, got {bucket}")
+    return functools.partial(_route, shard_length, num_devices, bucket)
+
+
+def _route(shard_length: int, num_devices: int, bucket: int, ids: jax.Array) -> _Route:
     owner = ids // max(shard_length, 1)
     is_owner = owner[None, :] == jnp.arange(num_devices, dtype=jnp.int32)[:, None]
     before = jax.vmap(count_before)(is_owner & (ids != NOWHERE)[None, :])
@@ -178,6 +211,24 @@ def _route(ids: jax.Array, shard_length: int, num_devices: int, bucket: int | No
         source=source.reshape(num_devices, bucket),
         fits=jnp.all(before[:, -1] <= bucket),
     )
+
+
+def _sums_routed(
+    routed: _Router, ids: jax.Array, values: jax.Array, whole: tuple[int | None, ...]
+) -> tuple[_Route, jax.Array]:
+    """Sums the slices of each row, and sends it once."""
+    padding = padding_index(whole)
+    unique = unique_rows(IndexedSlices(jnp.where(ids == NOWHERE, padding, ids), values, whole))
+    ids = jnp.where(unique.indices == padding, NOWHERE, unique.indices)
+    return routed(ids), unique.values
+
+
+def _distinct_routed(routed: _Router, ids: jax.Array) -> _Route:
+    """Asks for each row once; all its repetitions find it at one place."""
+    distinct, _ = distinct_ids(ids, ids.shape[0])
+    route = routed(distinct)
+    place = route.place.at[jnp.searchsorted(distinct, ids)].get(mode="fill", fill_value=NOWHERE)
+    return route._replace(place=place)
 
 
 def _delivered(route: _Route, x: jax.Array, fill: int, axis_name: AxisName) -> jax.Array:

@@ -16,10 +16,12 @@ from jaxaccum._accumulator.counters import saturating_add
 from jaxaccum._accumulator.state import AccumulatorState, Reduction, Verdict, as_int32
 from jaxaccum._accumulator.state import init as init_sums
 from jaxaccum._accumulator.take import take_if
-from jaxaccum._optimizers.lazy_rows import LazyUpdate, UniqueRows, flatten_like, lazy_rows
+from jaxaccum._optimizers.lazy_rows import LazyUpdate, flatten_like, lazy_rows
 from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._rows.indexed_slices import IndexedSlices
-from jaxaccum._rows.public import public
+from jaxaccum._rows.on_mesh import match_rows
+from jaxaccum._rows.opaque import UniqueRows, fit_updates
+from jaxaccum._rows.public import public, pytree
 from jaxaccum._rows.tables import select_tables
 from jaxaccum._rows.tree import PyTree
 from jaxaccum._rows.unique_rows import (
@@ -35,8 +37,7 @@ if TYPE_CHECKING:
 
 
 @public
-@functools.partial(
-    jax.tree_util.register_dataclass,
+@pytree(
     data_fields=[
         "sums",
         "inner_state",
@@ -165,7 +166,8 @@ def accumulate(
         required = num_required(state.global_step) if callable(num_required) else num_required
         ready = state.num_accumulated >= jnp.maximum(as_int32(required, "num_required"), 1)
         step = functools.partial(_step, tx, dtypes, reduction, extra_args)
-        return _step_or_rest(ready, step, state, params)
+        steps, state = _step_or_rest(ready, step, state, params)
+        return fit_updates(steps, updates), state
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -186,8 +188,9 @@ def _new_sum(param: Any, is_table: bool, capacity: Any, *, reduction: Reduction)
     dtype = sum_dtype(jnp.result_type(param))
     if is_table:
         state = init_sums(param.shape, dtype, capacity=capacity, reduction=reduction)
-        return _without_counters(state)
-    return jnp.zeros(jnp.shape(param), dtype)
+        values = match_rows(state.values, param)
+        return _without_counters(dataclasses.replace(state, values=values))
+    return jnp.zeros_like(param, dtype)
 
 
 _COUNTERS = ("num_accumulated", "global_step", "verdict_counts", "num_shared", "shared_verdicts")
@@ -379,10 +382,8 @@ def _rest(
 
     def nothing(leaf: Any) -> Any:
         if not is_slices(leaf):
-            return jnp.zeros(leaf.shape, leaf.dtype)
+            return jnp.zeros_like(leaf)  # sharded alike, too
         indices = jnp.full(leaf.indices.shape, leaf.padding_index, jnp.int32)
-        return IndexedSlices(
-            indices, jnp.zeros(leaf.values.shape, leaf.values.dtype), leaf.dense_shape
-        )
+        return IndexedSlices(indices, jnp.zeros_like(leaf.values), leaf.dense_shape)
 
     return jax.tree.map(nothing, shapes, is_leaf=is_slices), state

@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
+from jaxaccum._rows.indexed_slices import as_device_slices
+from jaxaccum._rows.opaque import UniqueRows
+from jaxaccum._rows.table_update import add_to_table
 from jaxaccum._rows.tree import PyTree
-from jaxaccum._rows.unique_rows import (
-    fit_to_table,
-    gather_rows,
-    is_invalid,
-    is_slices,
-    promote_dtypes,
-    scatter_rows,
-    sum_dtype,
-    unique_rows,
-)
+from jaxaccum._rows.unique_rows import is_invalid, is_slices, promote_dtypes
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
@@ -36,8 +28,6 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
       The updated parameters, with the structure, shapes and dtypes of ``params``.
 
     Raises:
-      TypeError: the indices of an update are no integers: a transform that does not know
-        ``IndexedSlices`` has treated them as parameters.
       ValueError: an update does not fit its parameter, or outside ``jit`` has indices that are
         neither rows of its table nor padding. Inside ``jit`` such slices are dropped, and
         :func:`count_invalid` counts them.
@@ -91,18 +81,9 @@ def _add(param: Any, update: Any, name: str) -> Any:
     if param is None:
         return None
     param = jnp.asarray(param)
-    if not is_slices(update):
-        wide = promote_dtypes(param.dtype, update.dtype)
-        return (param.astype(wide) + update.astype(wide)).astype(param.dtype)
-    return _add_rows(param, fit_to_table(update, param.shape, name))
-
-
-def _add_rows(param: jax.Array, update: IndexedSlices) -> jax.Array:
-    wide = sum_dtype(promote_dtypes(param.dtype, update.values.dtype))
-    update = dataclasses.replace(update, values=update.values.astype(wide))
-    if wide == param.dtype:
-        return param.at[update.indices].add(update.values, mode="drop")
-    # Rounded once a row, so that narrow tables neither lose duplicates nor round twice.
-    update = unique_rows(update)
-    rows = gather_rows(param, update.indices).astype(wide) + update.values
-    return scatter_rows(param, update.indices, rows)
+    if isinstance(update, UniqueRows):
+        update = update.slices
+    if is_slices(update):
+        return add_to_table(param, update, name)
+    wide = promote_dtypes(param.dtype, update.dtype)
+    return (param.astype(wide) + update.astype(wide)).astype(param.dtype)

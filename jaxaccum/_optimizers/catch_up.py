@@ -31,7 +31,7 @@ from jax.typing import ArrayLike
 
 from jaxaccum._optimizers.state_layout import RowLayout
 from jaxaccum._optimizers.trial import Trial, agree, run_now
-from jaxaccum._rows.public import public
+from jaxaccum._rows.public import named_tuple, public
 from jaxaccum._rows.tree import PyTree
 from jaxaccum._rows.unique_rows import expand_to_rows
 
@@ -39,6 +39,7 @@ from jaxaccum._rows.unique_rows import expand_to_rows
 _NEARLY_EQUAL = 1e-5
 
 
+@named_tuple
 @public
 class CatchUpState(NamedTuple):
     """State of `lazy_rows` with ``catch_up``.

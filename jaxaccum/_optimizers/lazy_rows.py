@@ -23,6 +23,8 @@ from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._optimizers.state_layout import RowLayout, row_layout, struct, struct_of
 from jaxaccum._optimizers.trial import TrialFailedError, check_row_separable
 from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.opaque import UniqueRows, fit_updates
+from jaxaccum._rows.row_major import warn_if_copied
 from jaxaccum._rows.tree import PyTree
 from jaxaccum._rows.unique_rows import (
     fit_to_table,
@@ -101,22 +103,11 @@ def lazy_rows(
     inner = optax.with_extra_args_support(tx)
 
     def init(params: PyTree) -> PyTree:
+        warn_if_copied(params, "params")
         state = inner.init(params)
         return init_catch_up(state, params) if catch_up else state
 
     return optax.GradientTransformationExtraArgs(init, LazyUpdate(inner, catch_up=catch_up))
-
-
-@dataclasses.dataclass(frozen=True)
-class UniqueRows:
-    """An ``IndexedSlices`` of a table's shape, each row once, zeros as padding: one opaque leaf.
-
-    ``accumulate`` hands these to its inner transform: ``lazy_rows`` need not check them or look for
-    duplicates, and a transform that does not know them fails instead of treating indices as
-    parameters.
-    """
-
-    slices: IndexedSlices
 
 
 def is_sparse(node: object) -> bool:
@@ -261,7 +252,7 @@ class LazyUpdate:
         for t in tables:
             slices = dataclasses.replace(grads[t], values=steps[t])
             steps[t] = UniqueRows(slices) if isinstance(leaves[t], UniqueRows) else slices
-        return jax.tree.unflatten(treedef, steps), state
+        return fit_updates(jax.tree.unflatten(treedef, steps), updates), state
 
     def check(self, params: PyTree, is_table: PyTree) -> None:
         """Raises as the first update of ``params`` would, with the tables known beforehand."""

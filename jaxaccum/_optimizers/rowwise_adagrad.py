@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._optimizers.optax_import import import_optax
-from jaxaccum._rows.public import public
+from jaxaccum._rows.public import named_tuple, public
 from jaxaccum._rows.tree import PyTree
 from jaxaccum._rows.unique_rows import expand_to_rows
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import optax  # type: ignore[import-untyped]
 
 
+@named_tuple
 @public
 class RowwiseAdagradState(NamedTuple):
     """State of `rowwise_adagrad`: for every leaf float32 ``[rows]``, the summed mean squares."""
@@ -23,6 +24,7 @@ class RowwiseAdagradState(NamedTuple):
     sum_of_squares: PyTree
 
 
+@named_tuple
 @public
 class StochasticRoundingState(NamedTuple):
     """How many steps have been rounded, int32 ``[]``: the random bits are made from it."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
+import importlib
 import operator
-from typing import cast
+import sys
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -13,18 +14,15 @@ import numpy as np
 from jax.experimental import sparse
 from jax.typing import ArrayLike
 
-from jaxaccum._rows.public import public
+from jaxaccum._rows.public import public, pytree
+from jaxaccum._rows.strangers import refuse_strangers
 
 # No row has this index: the padding of gradients whose row count is unknown.
 UNKNOWN_ROWS_PADDING = 2**31 - 1
 
 
 @public
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["indices", "values"],
-    meta_fields=["dense_shape"],
-)
+@pytree(data_fields=["indices", "values"], meta_fields=["dense_shape"])
 @dataclasses.dataclass(frozen=True)
 class IndexedSlices:
     """Rows of a gradient that is zero everywhere else.
@@ -32,6 +30,12 @@ class IndexedSlices:
     Indices may come unsorted and repeated; repetitions mean their sum. An index one past the end
     is padding: its values are ignored, so that gradients of one fixed size can carry fewer rows.
     After TensorFlow's ``IndexedSlices``, with the padding of ``jax.experimental.sparse.BCOO``.
+
+    Gradients add up by ``a + b``, which puts their slices one after the other, and scale by
+    ``2 * a``, ``a / 8`` and ``-a``. ``table + a`` and ``table - a`` are the table with the rows
+    added, as by `apply_updates`; so that ``optax.apply_updates`` and training loops that end in it
+    take rows as well. A function mapped over the *leaves* (``jax.tree.map``) reaches the indices
+    too: `map_values` reaches the values alone.
 
     Attributes:
       indices: int32 ``[n]``, the row each slice belongs to.
@@ -42,6 +46,8 @@ class IndexedSlices:
     Raises:
       ValueError: ``indices`` is a NumPy array with an entry that does not fit int32 (JAX would
         truncate it silently), or ``dense_shape`` is no shape.
+      TypeError: ``indices`` are floats: swapped with the values (TensorFlow's come first), or
+        arithmetic has been mapped over the leaves.
 
     Example:
       >>> import jax.numpy as jnp, jaxaccum
@@ -51,18 +57,94 @@ class IndexedSlices:
       Array([ True,  True,  True, False], dtype=bool)
       >>> grad.to_dense().ravel()
       Array([2., 0., 4., 0.], dtype=float32)
+      >>> (jnp.ones((4, 1)) - 0.5 * grad).ravel()
+      Array([ 0.,  1., -1.,  1.], dtype=float32)
     """
 
     indices: jax.Array
     values: jax.Array
     dense_shape: tuple[int | None, ...] | None
 
+    # NumPy arrays on the left leave the arithmetic to the methods below, as JAX's do.
+    __array_ufunc__ = None
+
     def __post_init__(self) -> None:
-        # JAX also builds this class around placeholders, so the leaves are never converted. NumPy
-        # indices are looked at all the same: nothing later can tell that an id was truncated.
+        # Users build this class around placeholders too (specs, axes), so leaves are never
+        # converted. NumPy indices are looked at all the same: nothing later can tell that an id was
+        # truncated.
         check_host_indices(self.indices)
+        if _is_inexact(self.indices):
+            raise TypeError(
+                f"indices must be integers, got {self.indices.dtype}: IndexedSlices takes indices "
+                "first and values second (TensorFlow's takes values first)"
+            )
         if self.dense_shape is not None:
             object.__setattr__(self, "dense_shape", canonical_shape(self.dense_shape))
+
+    def tree_flatten(self) -> tuple[tuple[Any, Any], Any]:
+        """Returns the two leaves and the static shape, unless whoever asks would misuse them."""
+        refuse_strangers(self.dense_shape, sys._getframe(1))
+        return (self.indices, self.values), (self.dense_shape,)
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[tuple[Any, Any], ...], Any]:
+        """Returns the leaves of ``tree_flatten`` with their names."""
+        refuse_strangers(self.dense_shape, sys._getframe(1))
+        return tuple(zip(_KEYS, (self.indices, self.values), strict=True)), (self.dense_shape,)
+
+    @classmethod
+    def tree_unflatten(cls, static: tuple[Any], leaves: tuple[Any, Any]) -> IndexedSlices:
+        """Puts leaves or placeholders together, unless row numbers have become floats."""
+        (dense_shape,) = static
+        if _is_inexact(leaves[0]):
+            raise TypeError(
+                f"the row numbers of a gradient of shape {dense_shape} have become "
+                f"{leaves[0].dtype}: a function has been mapped over the leaves of an "
+                "IndexedSlices. Scale and add it as a whole (0.5 * grad, a + b) or by "
+                "jaxaccum.map_values, and put optax transforms inside jaxaccum.lazy_rows"
+            )
+        slices = object.__new__(cls)
+        # JAX's own placeholders must pass, and the shape has been looked at before.
+        for field, leaf in zip(("indices", "values"), leaves, strict=True):
+            object.__setattr__(slices, field, leaf)
+        object.__setattr__(slices, "dense_shape", dense_shape)
+        return slices
+
+    def __add__(self, other: Any) -> Any:
+        """Puts the slices of two gradients one after the other, or adds rows to a table."""
+        if isinstance(other, IndexedSlices):
+            return _joined(self, other)
+        if isinstance(other, int) and other == 0:  # what sum() starts from
+            return self
+        if not isinstance(other, jax.Array | np.ndarray):
+            return NotImplemented
+        # Adding rows stands on this class, so it is looked up when it is used.
+        arithmetic = importlib.import_module("jaxaccum._rows.table_update")
+        name = f"an update of shape {self.dense_shape}"
+        return arithmetic.add_to_table(jnp.asarray(other), self, name)
+
+    __radd__ = __add__
+
+    def __neg__(self) -> IndexedSlices:
+        """Turns the sign of the values."""
+        return dataclasses.replace(self, values=-self.values)
+
+    def __sub__(self, other: IndexedSlices) -> IndexedSlices:
+        """Adds the other gradient with its sign turned."""
+        return _joined(self, -other) if isinstance(other, IndexedSlices) else NotImplemented
+
+    def __rsub__(self, table: Any) -> Any:
+        """Subtracts rows from a table."""
+        return -self + table
+
+    def __mul__(self, factor: ArrayLike) -> IndexedSlices:
+        """Scales the values by a scalar."""
+        return dataclasses.replace(self, values=self.values * _scalar(factor, "multiplied"))
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: ArrayLike) -> IndexedSlices:
+        """Divides the values by a scalar."""
+        return dataclasses.replace(self, values=self.values / _scalar(divisor, "divided"))
 
     @property
     def num_rows(self) -> int | None:
@@ -121,6 +203,48 @@ class IndexedSlices:
                 f"{caller} needs a dense_shape of known row count, got {self.dense_shape}"
             )
         return (self.num_rows, *self.values.shape[1:])
+
+
+_KEYS = tuple(map(jax.tree_util.GetAttrKey, ("indices", "values")))
+
+
+def _is_inexact(leaf: Any) -> bool:
+    dtype = getattr(leaf, "dtype", None)
+    # Compared first, because it is int32 at all but a few calls, of which there are many.
+    return dtype is not None and dtype != np.int32 and bool(jnp.issubdtype(dtype, jnp.inexact))
+
+
+def _scalar(number: Any, verb: str) -> Any:
+    if np.ndim(number) != 0:
+        raise TypeError(
+            f"an IndexedSlices is {verb} by scalars, got shape {np.shape(number)}; "
+            "jaxaccum.map_values applies any function to its values"
+        )
+    return number
+
+
+def _joined(left: IndexedSlices, right: IndexedSlices) -> IndexedSlices:
+    """The slices of both, one after the other: their sum."""
+    known = left.num_rows if right.num_rows is None else right.num_rows
+    shapes = [slices.values.shape[1:] for slices in (left, right)]
+    if shapes[0] != shapes[1] or left.num_rows not in (None, known):
+        raise ValueError(
+            f"gradients of one table can be added, got shapes {left.dense_shape} and "
+            f"{right.dense_shape}"
+        )
+    shape = right.dense_shape if left.num_rows is None else left.dense_shape
+    with jax.numpy_dtype_promotion("standard"):
+        values = jnp.concatenate([left.values, right.values])
+    indices = [_with_padding(slices, shape) for slices in (left, right)]
+    return IndexedSlices(jnp.concatenate(indices), values, shape)
+
+
+def _with_padding(slices: IndexedSlices, shape: Any) -> jax.Array:
+    """The indices, padded as gradients of ``shape`` are."""
+    indices, padding = jnp.asarray(slices.indices, jnp.int32), padding_index(shape)
+    if slices.padding_index == padding:
+        return indices
+    return jnp.where(indices == slices.padding_index, padding, indices)
 
 
 def canonical_shape(dense_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:

@@ -11,6 +11,7 @@ from jax.experimental import checkify
 
 from jaxaccum._rows.cpu_workarounds import compute_with
 from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
+from jaxaccum._rows.on_mesh import read_rows, unshard, write_rows
 
 
 def is_slices(node: object) -> bool:
@@ -50,9 +51,9 @@ def fit_to_table(
         raise ValueError(f"{name} has {slices.num_rows} rows, its table {table_shape[0]}")
     rows = table_shape[0]
     check_indices(slices, rows, name)
-    is_row = (slices.indices >= 0) & (slices.indices < rows)
-    indices = jnp.where(is_row, slices.indices, rows).astype(jnp.int32)
-    return IndexedSlices(indices, slices.values, table_shape)
+    indices, values = unshard(slices.indices), unshard(slices.values)
+    is_row = (indices >= 0) & (indices < rows)
+    return IndexedSlices(jnp.where(is_row, indices, rows).astype(jnp.int32), values, table_shape)
 
 
 def is_invalid(slices: IndexedSlices, rows: int) -> jax.Array:
@@ -118,12 +119,22 @@ def gather_rows(table: jax.Array, indices: jax.Array) -> jax.Array:
     """Returns the rows of ``table`` at ``indices``, zeros for padding."""
     if table.shape[0] == 0:
         return jnp.zeros((*indices.shape, *table.shape[1:]), table.dtype)
-    return compute_with(table.at[indices].get(mode="fill", fill_value=0), indices)
+    rows = read_rows(lambda t, i: t.at[i].get(mode="fill", fill_value=0), table, indices)
+    return compute_with(rows, indices)
 
 
 def scatter_rows(table: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
     """Returns ``table`` with ``rows`` at ``indices``, which are unique; padding is dropped."""
-    return table.at[indices].set(rows.astype(table.dtype), mode="drop", unique_indices=True)
+
+    def write(table: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
+        return table.at[indices].set(rows, mode="drop", unique_indices=True)
+
+    return write_rows(write, table, indices, rows.astype(table.dtype))
+
+
+def add_rows(table: jax.Array, indices: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns ``table`` with ``rows`` added at ``indices``; padding is dropped."""
+    return write_rows(lambda t, i, r: t.at[i].add(r, mode="drop"), table, indices, rows)
 
 
 def _sum_duplicates(slices: IndexedSlices) -> IndexedSlices:
@@ -150,20 +161,41 @@ def _add_where_they_lie(values: jax.Array, order: jax.Array, segment: jax.Array)
     return jnp.zeros_like(values).at[segment_of].add(values)
 
 
+@jax.custom_jvp
 def _add_in_order(values: jax.Array, order: jax.Array, segment: jax.Array) -> jax.Array:
-    """The same where the order of a scatter-add changes from run to run: by a segmented scan."""
+    """The same where the order of a scatter-add changes from run to run.
 
-    def join(
-        left: tuple[jax.Array, jax.Array], right: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
-        same = expand_to_rows(left[0] == right[0], values)
-        return right[0], jnp.where(same, left[1], jnp.zeros_like(left[1])) + right[1]
-
-    _, sums = jax.lax.associative_scan(join, (segment, values[order]))
+    After ``k`` rounds every slice holds the sum of up to ``2**k`` slices of its row, up to its own;
+    rounds end with the longest row, and rows that are not repeated take none. `jax.lax.
+    associative_scan` unrolls into five times the kernels, and as many times the seconds to compile.
+    """
     num = segment.shape[0]
-    is_last = jnp.concatenate([segment[1:] != segment[:-1], jnp.ones((1,), bool)])
-    place = jnp.where(is_last, segment, num + jnp.arange(num, dtype=jnp.int32))
+    position = jnp.arange(num, dtype=jnp.int32)
+    starts = jnp.concatenate([jnp.ones((1,), bool), segment[1:] != segment[:-1]])
+    before = position - jax.lax.cummax(jnp.where(starts, position, 0))  # in the same row
+
+    def join(carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        stride, sums = carry
+        earlier = sums.at[position - stride].get(mode="clip")
+        repeated = expand_to_rows(before >= stride, values)
+        return 2 * stride, jnp.where(repeated, earlier + sums, sums)
+
+    longest = jnp.max(before)
+    _, sums = jax.lax.while_loop(
+        lambda carry: carry[0] <= longest, join, (jnp.int32(1), values[order])
+    )
+    is_last = jnp.concatenate([starts[1:], jnp.ones((1,), bool)])
+    place = jnp.where(is_last, segment, num + position)
     return jnp.zeros_like(values).at[place].set(sums, mode="drop", unique_indices=True)
+
+
+@_add_in_order.defjvp
+def _add_in_order_jvp(
+    primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]
+) -> tuple[jax.Array, jax.Array]:
+    # The sum is linear, and a loop of unknown length cannot be transposed.
+    _, order, segment = primals
+    return _add_in_order(*primals), _add_where_they_lie(tangents[0], order, segment)
 
 
 def promote_dtypes(a: jnp.dtype, b: jnp.dtype) -> jnp.dtype:

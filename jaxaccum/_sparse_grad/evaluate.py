@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeAlias
 
 import jax
@@ -182,7 +183,15 @@ def _apply_rule(eqn: Equation, operands: Sequence[Value]) -> Sequence[Value]:
         for value, array_type in zip(operands[:count], types[:count], strict=True)
     ]
     arrays = list(map(make_whole, operands[count:], types[count:]))
-    return RULES[eqn.primitive.name](eqn, sums, arrays)
+    with _mesh_of(eqn):
+        return RULES[eqn.primitive.name](eqn, sums, arrays)
+
+
+def _mesh_of(eqn: Equation) -> AbstractContextManager[object]:
+    """Where JAX has made the axes of an explicit mesh Auto for an equation, they are so again."""
+    mesh, current = get_type(eqn.outvars[0]).sharding.mesh, jax.sharding.get_abstract_mesh()
+    is_other = not current.empty and mesh != current
+    return jax.sharding.use_abstract_mesh(mesh) if is_other else nullcontext()
 
 
 def _blame(eqn: Equation, operands: Sequence[Value]) -> Cause:

@@ -16,6 +16,7 @@ from typing import TypeAlias
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxaccum._sparse_grad.jaxpr import (
     Equation,
@@ -269,6 +270,20 @@ def _all_gather(eqn: Equation, term: Term) -> Term:
     return term
 
 
+def _reshard(eqn: Equation, term: Term) -> Term:
+    """To another sharding, or into or out of Auto axes: all slices on every device."""
+    sharding = get_type(eqn.outvars[0]).sharding
+    row = (sharding.spec[axis] for axis in term.whole_axes)
+
+    def move(x: jax.Array, *spec: object) -> jax.Array:
+        to = NamedSharding(sharding.mesh, PartitionSpec(*spec))  # type: ignore[no-untyped-call]
+        moved: jax.Array = bind(eqn, [x], dst_sharding=to)
+        return moved
+
+    coords = tuple(move(coord, None) for coord in term.coords)
+    return dataclasses.replace(term, coords=coords, values=move(term.values, None, *row))
+
+
 def _keep(eqn: Equation, sums: Sequence[Operand], _: Sequence[jax.Array]) -> list[Operand]:
     return list(sums)
 
@@ -293,6 +308,7 @@ RULES: dict[str, Rule] = {
     "reduce_precision": _term_wise(_entry_wise),
     "copy": _keep,
     "sharding_constraint": _keep,
+    "reshard": _term_wise(_reshard),
     "optimization_barrier": _keep,
     "pvary": _term_wise(_vary),
     "psum_invariant": _term_wise(_all_gather),

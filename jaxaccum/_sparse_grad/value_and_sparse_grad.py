@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import itertools
 import math
-import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +18,11 @@ from jaxaccum._rows.tables import KeyPath, Tables, select_tables
 from jaxaccum._rows.tree import PyTree
 from jaxaccum._sparse_grad.evaluate import evaluate
 from jaxaccum._sparse_grad.jaxpr import AnyJaxpr, Cause, get_varying_axes, open_jaxpr
+from jaxaccum._sparse_grad.module_arguments import (
+    argument_position,
+    call_with_modules,
+    split_modules,
+)
 from jaxaccum._sparse_grad.terms import Dense, SparseSum, Table, Term, Value, join, make_whole
 
 # Lookups of single entries of rows become whole rows below this many entries, whatever they cost.
@@ -40,6 +44,11 @@ def value_and_sparse_grad(
     ``fun`` stays as it is: it may look rows up with ``table[ids]``, ``jnp.take``, ``flax`` or
     ``equinox`` embeddings, as often as it likes, cast to another dtype, inside ``jit``, ``vmap``,
     ``jax.checkpoint``, ``cond``, ``scan`` and functions with rules of their own.
+
+    An Equinox module is differentiated as by ``eqx.filter_value_and_grad``: in its inexact arrays,
+    with ``None`` for all else. A module of Flax's ``nnx`` is as by ``nnx.value_and_grad``: in its
+    ``nnx.Param`` (or what an ``nnx.DiffState`` in ``argnums`` says), the gradients an
+    ``nnx.State``, and what a call changes in the module is changed.
 
     The backward pass is traced, the scatters into zeros at its end are taken for the rows they
     are, and it is evaluated without them. ``fun`` is traced at every call: call the result under
@@ -85,15 +94,19 @@ def value_and_sparse_grad(
       Array([3., 3.], dtype=float32)
     """
     is_single = not isinstance(argnums, Sequence)
-    given = [operator.index(n) for n in (argnums if isinstance(argnums, Sequence) else [argnums])]
+    numbers = list(argnums) if isinstance(argnums, Sequence) else [argnums]
+    given = [argument_position(n) for n in numbers]
 
     @functools.wraps(fun)
     def value_and_grads(*args: Any, **kwargs: Any) -> tuple[PyTree, PyTree]:
         positions = _count_from_front(given, len(args))
+        modules = split_modules(args, dict(zip(positions, numbers, strict=True)))
+        if modules:
+            again = functools.partial(value_and_sparse_grad, tables=tables, allow_dense=allow_dense)
+            of_arrays = functools.partial(again, argnums=positions[0] if is_single else positions)
+            return call_with_modules(of_arrays, fun, has_aux, args, modules, **kwargs)
         target = args[positions[0]] if is_single else tuple(args[k] for k in positions)
-        selected = select_tables(tables, target)
-        if not any(jax.tree.leaves(selected)):
-            raise ValueError("tables selects no leaf; use jax.value_and_grad where there is none")
+        selected = _select_some(tables, target)
         outputs: list[PyTree] = []
 
         def differentiate(target: PyTree) -> tuple[list[jax.Array], PyTree]:
@@ -111,8 +124,7 @@ def value_and_sparse_grad(
             Table(leaf, leaf.dtype) if choice else leaf
             for leaf, choice in zip(leaves, chosen, strict=True)
         ]
-        others = [False] * (len(jaxpr.out_avals) - len(leaves))
-        results = evaluate(jaxpr, inputs, [*others, *chosen])
+        results = evaluate(jaxpr, inputs, [False] * (len(jaxpr.out_avals) - len(leaves)) + chosen)
         computed, grads = jax.tree.unflatten(jax.tree.structure(shapes), results)
         rest = iter(computed)
         outcome = jax.tree.map(lambda leaf: next(rest) if _is_traced(leaf) else leaf, outputs[0])
@@ -121,6 +133,13 @@ def value_and_sparse_grad(
         return outcome, _tie_to_loss(outcome[0] if has_aux else outcome, grads)
 
     return value_and_grads
+
+
+def _select_some(tables: Tables, target: PyTree) -> PyTree:
+    selected = select_tables(tables, target)
+    if not any(jax.tree.leaves(selected)):
+        raise ValueError("tables selects no leaf; use jax.value_and_grad where there is none")
+    return selected
 
 
 def _is_traced(leaf: object) -> bool:

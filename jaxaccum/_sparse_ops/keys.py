@@ -1,6 +1,6 @@
 """Rows of indices as integer keys: folding and sorted search.
 
-Everything here is integer structure; no gradient flows through this room. ``n`` rows of ``d``
+Everything here is integer structure, through which no gradient flows. ``n`` rows of ``d``
 columns become *words*: a tuple of unsigned vectors ``[n]`` that compare, word by word, as the rows
 compare column by column. One word does wherever the shape has fewer than ``2**32`` cells.
 """
@@ -18,6 +18,7 @@ import numpy as np
 from jax import lax
 
 Words = tuple[jax.Array, ...]
+DType = np.dtype[Any]  # NumPy leaves open of what kind
 # Where searches start, and how many rows further on they end at most.
 _Stretch = tuple[jax.Array, jax.Array]
 
@@ -42,10 +43,10 @@ class KeyLayout:
     """
 
     dims: tuple[int, ...]
-    dtype: np.dtype[Any]
+    dtype: DType
 
     @property
-    def word(self) -> np.dtype[Any]:
+    def word(self) -> DType:
         """The unsigned type of a word: uint64 only for int64 indices that uint32 cannot fold."""
         wide = math.prod(d + 1 for d in self.dims) > 2**32 and self.dtype.itemsize == 8
         return np.dtype(np.uint64 if wide else np.uint32)
@@ -108,10 +109,10 @@ class KeyLayout:
 
     def is_padding(self, words: Words) -> jax.Array:
         """Which of ``words`` are the padding row."""
-        return equal(words, tuple(jnp.asarray(p, self.word) for p in self.padding))
+        return is_equal(words, tuple(jnp.asarray(p, self.word) for p in self.padding))
 
 
-def less(a: Words, b: Words) -> jax.Array:
+def is_less(a: Words, b: Words) -> jax.Array:
     """Whether the rows ``a`` come before the rows ``b``."""
     before = jnp.asarray(False)
     for x, y in zip(reversed(a), reversed(b), strict=True):
@@ -119,7 +120,7 @@ def less(a: Words, b: Words) -> jax.Array:
     return before
 
 
-def equal(a: Words, b: Words) -> jax.Array:
+def is_equal(a: Words, b: Words) -> jax.Array:
     """Whether the rows ``a`` are the rows ``b``."""
     same = jnp.asarray(True)
     for x, y in zip(a, b, strict=True):
@@ -127,7 +128,7 @@ def equal(a: Words, b: Words) -> jax.Array:
     return same
 
 
-def at(words: Words, positions: jax.Array) -> Words:
+def take_rows(words: Words, positions: jax.Array) -> Words:
     """Returns the rows at ``positions``, the last one for positions past the end."""
     return tuple(take(w, jnp.minimum(positions, w.shape[0] - 1)) for w in words)
 
@@ -144,23 +145,25 @@ def take_or_zero(array: jax.Array, positions: jax.Array) -> jax.Array:
     return array.at[positions].get(mode="fill", fill_value=0, wrap_negative_indices=False)
 
 
-def positions(words: Words) -> jax.Array:
+def number_rows(words: Words) -> jax.Array:
     """Returns int32 ``[n]``, 0, 1, 2..., which to `jax.shard_map` differ by device if rows do."""
     return jnp.arange(len(words[0]), dtype=jnp.int32) + (words[0] & 0).astype(jnp.int32)
 
 
 def starts_group(words: Words) -> jax.Array:
     """Which rows of sorted ``words`` differ from the row before them."""
-    differs = ~equal(tuple(w[1:] for w in words), tuple(w[:-1] for w in words))
+    differs = ~is_equal(tuple(w[1:] for w in words), tuple(w[:-1] for w in words))
     return jnp.concatenate([jnp.ones(min(1, words[0].shape[0]), bool), differs])
 
 
-def lower_bound(table: Words, queries: Words, largest: int | jax.Array) -> jax.Array:
-    """Returns how many rows of ``table`` come before each query; see ``lower_bounds``."""
-    return lower_bounds(table, largest, queries)[0]
+def find_lower_bound(table: Words, queries: Words, largest: int | jax.Array) -> jax.Array:
+    """Returns how many rows of ``table`` come before each query; see ``find_lower_bounds``."""
+    return find_lower_bounds(table, largest, queries)[0]
 
 
-def lower_bounds(table: Words, largest: int | jax.Array, *queries: Words) -> tuple[jax.Array, ...]:
+def find_lower_bounds(
+    table: Words, largest: int | jax.Array, *queries: Words
+) -> tuple[jax.Array, ...]:
     """Returns for each of ``queries`` how many rows of ``table`` come before each of its rows.
 
     A directory over the high bits of the first word narrows each search to one bucket, and the
@@ -180,7 +183,7 @@ def lower_bounds(table: Words, largest: int | jax.Array, *queries: Words) -> tup
         return tuple(jnp.zeros(asked[0].shape, jnp.int32) for asked in queries)
     if num_rows < _DIRECTORY_FROM:
         return tuple(_halve_all(table, q) for q in queries)
-    bucket_of = _directory(table[0], largest)
+    bucket_of = _make_directory(table[0], largest)
     return tuple(_halve_from(table, q, *bucket_of(q[0])) for q in queries)
 
 
@@ -214,27 +217,27 @@ def _halve(table: Words, queries: Words, found: jax.Array, step: jax.Array) -> j
 
     Rows past the end are taken for the last one, so that what is found may lie past the end.
     """
-    return jnp.where(less(at(table, found + (step - 1)), queries), found + step, found)
+    return jnp.where(is_less(take_rows(table, found + (step - 1)), queries), found + step, found)
 
 
-def _strides(table: Words, queries: Words) -> _Stretch:
+def _find_stretches(table: Words, queries: Words) -> _Stretch:
     """Returns which of ``_PIVOTS`` equal stretches each query falls into, and their length."""
     (num_rows,) = table[0].shape
     stride = -(-num_rows // _PIVOTS)
     pivots = tuple(w[stride::stride, None] for w in table)
-    passed = less(pivots, tuple(q[None] for q in queries))
+    passed = is_less(pivots, tuple(q[None] for q in queries))
     first = jnp.sum(passed, axis=0, dtype=jnp.int32) * stride
     return first, jnp.int32(stride)
 
 
-def _directory(table: jax.Array, largest: int | jax.Array) -> Callable[[jax.Array], _Stretch]:
+def _make_directory(table: jax.Array, largest: int | jax.Array) -> Callable[[jax.Array], _Stretch]:
     """Returns what maps queries to the start of their buckets and the size of the fullest."""
     num_rows, word = table.shape[0], table.dtype
     bits = (num_rows // _PER_BUCKET).bit_length() - 1
     used = 8 * word.itemsize - lax.clz(jnp.asarray(largest, word)).astype(jnp.int32)
     shift = jnp.maximum(used - bits, 0).astype(word)
     bounds = jnp.arange(2**bits, dtype=word) << shift
-    starts = _halve_from((table,), (bounds,), *_strides((table,), (bounds,)))
+    starts = _halve_from((table,), (bounds,), *_find_stretches((table,), (bounds,)))
     widest = jnp.max(jnp.diff(starts, append=jnp.int32(num_rows)))
 
     def bucket_of(queries: jax.Array) -> _Stretch:
@@ -245,27 +248,27 @@ def _directory(table: jax.Array, largest: int | jax.Array) -> Callable[[jax.Arra
 
 
 def sort_rows(words: Words, largest: int | jax.Array) -> tuple[Words, jax.Array]:
-    """Returns the rows sorted, and the place of each in them: that of the first of its equals.
+    """Returns the rows sorted, and the position of each in them: that of the first of its equals.
 
     Keys alone are sorted and then searched: a sort that carries positions along takes six times
     as long on the CPU (11 ms against 1.9 for 65,536 keys) as keys and search together.
     """
     ranked = tuple(lax.sort(words, num_keys=len(words)))
-    return ranked, lower_bound(ranked, words, largest)
+    return ranked, find_lower_bound(ranked, words, largest)
 
 
 def ascends(words: Words) -> jax.Array:
     """Whether no row comes before the one in front of it."""
-    return jnp.all(~less(tuple(w[1:] for w in words), tuple(w[:-1] for w in words)))
+    return jnp.all(~is_less(tuple(w[1:] for w in words), tuple(w[:-1] for w in words)))
 
 
-def in_order(words: Words, live: jax.Array) -> jax.Array:
+def is_in_order(words: Words, live: jax.Array) -> jax.Array:
     """Whether the live rows ascend without repetition and all others follow them."""
-    rises = less(tuple(w[:-1] for w in words), tuple(w[1:] for w in words))
+    rises = is_less(tuple(w[:-1] for w in words), tuple(w[1:] for w in words))
     return jnp.all((rises & live[:-1]) | ~live[1:])
 
 
-def common_dtype(*indices: jax.Array) -> np.dtype[Any]:
+def choose_dtype(*indices: jax.Array) -> DType:
     """The dtype that holds all of ``indices``: int64 as soon as one of them has 64 bits."""
     wide = any(i.dtype.itemsize == 8 for i in indices)
     return np.dtype(np.int64 if wide else np.int32)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -69,56 +69,85 @@ def match_rows(table: jax.Array, *queries: jax.Array) -> tuple[jax.Array, ...]:
     if num_rows == 0 or num_columns == 0:
         # Nowhere, which is position k = 0, or the first of all equal rows.
         return tuple(jnp.zeros(q.shape[:1], jnp.int32) for q in queries)
-    box = _box(table)
+    box = _find_box(table)
     folded = [(box.fold(rows),) for rows in (table, *queries)]
     return lax.switch(
         jnp.where(box.can_fold(), jnp.where(keys.ascends(folded[0]), 0, 1), 2),
         [
             lambda: _find_sorted(box.outside(), *folded),
             lambda: _find(box.outside(), *folded),
-            lambda: _find(box.reach[0, 0], *(_columns(box.offsets(r)) for r in (table, *queries))),
+            lambda: _find(
+                box.reach[0, 0], *(_split_columns(box.offsets(r)) for r in (table, *queries))
+            ),
         ],
     )
 
 
-def match_in_line(table: jax.Array, queries: jax.Array) -> tuple[jax.Array, jax.Array]:
+class Matched(NamedTuple):
+    """Where each query lies in the table; how many rows of the table were found, or are padding."""
+
+    found: jax.Array
+    num_used: jax.Array
+    num_padding: jax.Array
+
+
+def match_in_line(table: jax.Array, queries: jax.Array) -> Matched:
     """Returns what ``match_rows`` does, at a glance where the rows come in the table's order.
 
     The guess: the n-th query inside the box that holds the table is its n-th row. Comparing tells;
-    if all of them are and no row of the table repeats, no query can have another place.
+    if all of them are and no row of the table repeats, no query can have another position.
 
-    Returns:
-      int32 ``[n]``, and how many rows of the table were found.
+    The table may end in padding, as ``count_padding`` tells; no query has its position there.
     """
     num_rows, num_columns = table.shape
     if num_rows == 0 or num_columns == 0:
-        return match_rows(table, queries)[0], jnp.int32(min(num_rows, len(queries), 1))
-    inside = _box(table).contains(queries)
+        # Without columns the first row stands for all: the others can only be padding.
+        num_used = jnp.int32(min(num_rows, len(queries), 1))
+        return Matched(match_rows(table, queries)[0], num_used, num_rows - num_used)
+    inside = _find_box(table).contains(queries)
     before = count_before(inside)
     guess, num_inside = jnp.where(inside, before[:-1], num_rows), before[-1]
     guessed = keys.take(table, jnp.minimum(guess, num_rows - 1))
     same = jnp.all(guessed == queries, axis=1)
-    rows = _columns(table)
-    rises = keys.less(tuple(w[:-1] for w in rows), tuple(w[1:] for w in rows))
-    is_right = _all(same | ~inside) & _all(rises) & (num_inside <= num_rows)
+    rows = _split_columns(table)
+    rises = keys.is_less(tuple(w[:-1] for w in rows), tuple(w[1:] for w in rows))
+    # A table that ends in padding repeats it, or has a row that no query is: never right.
+    is_right = jnp.all(same | ~inside) & jnp.all(rises) & (num_inside == num_rows)
 
-    def by_value(_: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def by_value(_: _Guess) -> _Guess:
         (found,) = match_rows(table, queries)
+        num_padding = count_padding(table, queries)
+        falls_on_padding = (num_padding > 0) & jnp.all(queries == table[-1:], axis=1)
+        found = jnp.where(falls_on_padding, num_rows, found)
         is_found = jnp.zeros(num_rows, bool).at[found].set(True, mode="drop")
-        return found, jnp.sum(is_found, dtype=jnp.int32), is_right | True
+        num_used = jnp.sum(is_found, dtype=jnp.int32)
+        return Matched(found, num_used, num_padding), is_right | True
 
     # A cond would copy a guess that is right; a loop of no rounds lets it through.
-    first = guess, num_inside, is_right
-    found, num_found, _ = lax.while_loop(lambda carry: ~carry[2], by_value, first)
-    return found, num_found
+    first = Matched(guess, num_inside, num_inside & 0), is_right
+    return lax.while_loop(lambda carry: ~carry[1], by_value, first)[0]
 
 
-def _all(mask: jax.Array) -> jax.Array:
-    # XLA's CPU backend takes the least of bytes in half the time it takes to "and" bools.
-    return jnp.min(mask.astype(jnp.int8), initial=1) == 1
+_Guess = tuple[Matched, jax.Array]
 
 
-def _box(rows: jax.Array) -> _Box:
+def count_padding(table: jax.Array, queries: jax.Array) -> jax.Array:
+    """Returns how many rows of ``table``, the output of a slice, can be nothing but padding.
+
+    Padding is the last row and its equals, beyond all others in every column. Where the shape of
+    the slice is not known, a real row may look the same; but a slice has no more entries of a row
+    than its input, so what the output repeats more often than the ``queries`` do is padding.
+    """
+    last = table[-1:]
+    is_last = jnp.all(table == last, axis=1)
+    is_beyond = jnp.all(is_last[:, None] | (table < last))
+    num_out, num_in = (
+        jnp.sum(same, dtype=jnp.int32) for same in (is_last, jnp.all(queries == last, axis=1))
+    )
+    return jnp.where(is_beyond & (num_out > num_in), num_out, 0)
+
+
+def _find_box(rows: jax.Array) -> _Box:
     """The box that holds ``rows``: one pass over them, not two of ``min``."""
     most = np.iinfo(rows.dtype)
     low, high = lax.reduce(
@@ -131,7 +160,7 @@ def _box(rows: jax.Array) -> _Box:
     return _Box(low[None], high[None].astype(word) - low[None].astype(word))
 
 
-def _columns(rows: jax.Array) -> keys.Words:
+def _split_columns(rows: jax.Array) -> keys.Words:
     return tuple(rows[:, column] for column in range(rows.shape[1]))
 
 
@@ -140,7 +169,7 @@ def _find(largest: jax.Array, table: keys.Words, *queries: keys.Words) -> tuple[
     (num_rows,) = table[0].shape
     ranked, source = lax.cond(
         keys.ascends(table),
-        lambda: (table, keys.positions(table)),
+        lambda: (table, keys.number_rows(table)),
         lambda: _rank(table, largest),
     )
     source = jnp.append(source, jnp.int32(num_rows))
@@ -153,8 +182,10 @@ def _find_sorted(
     (num_rows,) = table[0].shape
     # A query past the end is compared with the last row, which it exceeds.
     return tuple(
-        jnp.where(keys.equal(keys.at(table, found), query), found, num_rows)
-        for query, found in zip(queries, keys.lower_bounds(table, largest, *queries), strict=True)
+        jnp.where(keys.is_equal(keys.take_rows(table, found), query), found, num_rows)
+        for query, found in zip(
+            queries, keys.find_lower_bounds(table, largest, *queries), strict=True
+        )
     )
 
 

@@ -1,25 +1,24 @@
-"""SparseAdd and SparseSlice of BCOO arrays, and their gradients.
+"""Sparse addition and slices of BCOO arrays, and how they are differentiated.
 
-Each op is integer structure (the room below this one) and a linear map. With P the matrix that
-carries each stored entry to its place in the result, ``sum = P_a a + P_b b``, so the cotangent of
-``a`` is ``P_a^T g``: one gather at the places the forward pass has computed. P depends on values
-through ``thresh`` alone, and there only in jumps. The raw gradient functions, which are handed bare
-indices, find the same places by value. All of them are linear and plain JAX underneath, so
-derivatives of every order exist.
+Each op is integer structure (``places``) and a linear map. With P the matrix that carries each
+stored entry to its place in the result, ``sum = P_a a + P_b b``, so the cotangent of ``a`` is
+``P_a^T g``: one gather at the places the forward pass has computed. P depends on values through
+``thresh`` alone, and there only in jumps. The rules are plain JAX underneath, so derivatives of
+every order exist.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import sparse
 from jax.typing import ArrayLike
 
-from jaxaccum._sparse_ops import checks, keys, match, places
+from jaxaccum._sparse_ops import bounds, checks, places
+from jaxaccum._sparse_ops.bounds import Size, Start
+from jaxaccum._sparse_ops.raw_grads import pull
 
 
 def sparse_add(
@@ -42,7 +41,7 @@ def sparse_add(
       a: ``[*shape]`` of any rank, all dimensions sparse, of any numeric dtype.
       b: the same shape and dtype.
       thresh: a real scalar, may be traced. Zero or less keeps all entries.
-      nse: how many entries the result has room for, ``a.nse + b.nse`` by default.
+      nse: how many entries the result can hold, ``a.nse + b.nse`` by default.
 
     Returns:
       ``[*shape]`` with ``nse`` entries, ascending, padding last: its indices are one past the end,
@@ -62,9 +61,9 @@ def sparse_add(
       >>> total.indices.tolist(), total.data.tolist()
       ([[0, 0], [1, 3], [1, 3], [1, 3]], [1.5, 0.0, 0.0, 0.0])
     """
-    spec, args = _add_call(a, b, thresh, nse)
+    spec, args = _read_add(a, b, thresh, nse)
     data, indices = _add(spec, *args)
-    return _result(data, indices, a.shape)
+    return _make_result(data, indices, a.shape)
 
 
 def sparse_add_jvp(
@@ -103,59 +102,18 @@ def sparse_add_jvp(
       >>> total.data.tolist(), dot.tolist()
       ([1.0, 7.0, 0.0], [10.0, 50.0, 0.0])
     """
-    spec, args = _add_call(a, b, thresh, nse)
-    a_dot = checks.tangent("a_dot", a_dot, args[0])
-    b_dot = checks.tangent("b_dot", b_dot, args[1])
+    spec, args = _read_add(a, b, thresh, nse)
+    a_dot = checks.read_tangent("a_dot", a_dot, args[0])
+    b_dot = checks.read_tangent("b_dot", b_dot, args[1])
     placed = _place_add(spec, *jax.lax.stop_gradient(args))
     data = _spread(spec.nse, placed, args[:2])
-    return _result(data, placed.indices, a.shape), _spread(spec.nse, placed, (a_dot, b_dot))
-
-
-def sparse_add_grad(
-    backprop_val_grad: ArrayLike,
-    a_indices: ArrayLike,
-    b_indices: ArrayLike,
-    sum_indices: ArrayLike,
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the gradients of the operands of a sparse addition, from bare index arrays.
-
-    Each row of ``a_indices`` and ``b_indices`` gets the gradient of the equal row of
-    ``sum_indices``, zero if there is none (``thresh`` dropped it). Rows are matched by value, in
-    any order; sorted sums are found faster. Rows of the sum that neither operand has are ignored,
-    and of equal rows of the sum the first one counts. No shape is known here, so padding is a row
-    like any other. Linear in ``backprop_val_grad`` and differentiable in either mode.
-    TensorFlow's ``SparseAddGrad``.
-
-    Args:
-      backprop_val_grad: ``[nnz_sum]``, the gradient of the values of the sum.
-      a_indices: integers ``[nnz_a, ndims]``.
-      b_indices: integers ``[nnz_b, ndims]``.
-      sum_indices: integers ``[nnz_sum, ndims]``.
-
-    Returns:
-      ``a_val_grad`` ``[nnz_a]`` and ``b_val_grad`` ``[nnz_b]``.
-
-    Raises:
-      ValueError: ranks or lengths do not fit together.
-      TypeError: indices are no integers, or the gradient is no numeric array.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxaccum
-      >>> a_grad, b_grad = jaxaccum.sparse_add_grad(
-      ...     jnp.array([1.0, 2.0, 3.0]), [[0], [7]], [[7], [2], [5]], [[0], [2], [7]])
-      >>> a_grad.tolist(), b_grad.tolist()
-      ([1.0, 3.0], [3.0, 2.0, 0.0])
-    """
-    named = {"a_indices": a_indices, "b_indices": b_indices, "sum_indices": sum_indices}
-    grad, (a_rows, b_rows, sum_rows) = checks.grad_and_rows(backprop_val_grad, named)
-    a_found, b_found = _match(sum_rows, a_rows, b_rows)
-    return _pull(grad, a_found), _pull(grad, b_found)
+    return _make_result(data, placed.indices, a.shape), _spread(spec.nse, placed, (a_dot, b_dot))
 
 
 def sparse_slice(
     x: sparse.BCOO,
-    start: ArrayLike | Sequence[ArrayLike],
-    size: Sequence[int],
+    start: Start,
+    size: Size,
     *,
     nse: int | None = None,
 ) -> sparse.BCOO:
@@ -177,7 +135,7 @@ def sparse_slice(
         unsorted, repeat entries (which means their sum) and hold padding.
       start: ``ndim`` integers, an array or a sequence; may be traced.
       size: ``ndim`` Python integers, not negative.
-      nse: how many entries the result has room for, ``x.nse`` by default.
+      nse: how many entries the result can hold, ``x.nse`` by default.
 
     Returns:
       An array with ``nse`` entries, ascending, padding last.
@@ -196,16 +154,16 @@ def sparse_slice(
       Array([[1., 2.],
              [0., 4.]], dtype=float32)
     """
-    shape, spec, args = _slice_call(x, start, size, nse)
+    shape, spec, args = _read_slice(x, start, size, nse)
     data, indices = _slice(spec, *args)
-    return _result(data, indices, shape)
+    return _make_result(data, indices, shape)
 
 
 def sparse_slice_jvp(
     x: sparse.BCOO,
     x_dot: ArrayLike,
-    start: ArrayLike | Sequence[ArrayLike],
-    size: Sequence[int],
+    start: Start,
+    size: Size,
     *,
     nse: int | None = None,
 ) -> tuple[sparse.BCOO, jax.Array]:
@@ -234,162 +192,110 @@ def sparse_slice_jvp(
       >>> part.data.tolist(), dot.tolist()
       ([2.0, 3.0, 0.0], [20.0, 30.0, 0.0])
     """
-    shape, spec, args = _slice_call(x, start, size, nse)
-    x_dot = checks.tangent("x_dot", x_dot, args[0])
+    shape, spec, args = _read_slice(x, start, size, nse)
+    x_dot = checks.read_tangent("x_dot", x_dot, args[0])
     placed = _place_slice(spec, *jax.lax.stop_gradient(args))
     data = _spread(spec.nse, placed, args[:1])
-    return _result(data, placed.indices, shape), _spread(spec.nse, placed, (x_dot,))
-
-
-def sparse_slice_grad(
-    backprop_val_grad: ArrayLike,
-    input_indices: ArrayLike,
-    input_start: ArrayLike,
-    output_indices: ArrayLike,
-) -> jax.Array:
-    """Returns the gradient of the input of a sparse slice, from bare index arrays.
-
-    Each row of ``input_indices`` gets the gradient of the row of ``output_indices`` that lies
-    ``input_start`` below it, zero if there is none. Rows are matched by value, in any order. No
-    shape is known here, so padding is a row like any other. Linear in ``backprop_val_grad`` and
-    differentiable in either mode. TensorFlow's ``SparseSliceGrad``.
-
-    Args:
-      backprop_val_grad: ``[nnz_out]``, the gradient of the values of the slice.
-      input_indices: integers ``[nnz_in, ndims]``.
-      input_start: integers ``[ndims]``, where the slice started.
-      output_indices: integers ``[nnz_out, ndims]``, ``nnz_out <= nnz_in``.
-
-    Returns:
-      ``val_grad`` ``[nnz_in]``.
-
-    Raises:
-      ValueError: ranks or lengths do not fit together, or a row of ``output_indices`` matches no
-        row of the input or repeats one, so that its gradient would be lost. Where indices are
-        traced that is a ``checkify.debug_check``.
-      TypeError: indices are no integers, or the gradient is no numeric array.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxaccum
-      >>> jaxaccum.sparse_slice_grad(
-      ...     jnp.array([1.0, 2.0]), [[0], [4], [6]], [3], [[1], [3]]).tolist()
-      [0.0, 1.0, 2.0]
-    """
-    named = {"input_indices": input_indices, "output_indices": output_indices}
-    grad, (rows, out) = checks.grad_and_rows(backprop_val_grad, named)
-    found, num_used = _match_slice(*checks.cut_from(rows, input_start, out))
-    checks.all_propagated(num_used, len(grad))
-    val_grad: jax.Array = _pull(grad, found)
-    return val_grad
-
-
-# Compiled apart from the gathers, so that a new dtype of the gradient compiles no new search.
-_match = jax.jit(match.match_rows)
-
-
-@jax.jit
-def _match_slice(rows: jax.Array, start: jax.Array, out: jax.Array) -> tuple[jax.Array, jax.Array]:
-    # There are fewer of the output. Where this wraps, the rows it is compared with are as far off.
-    return match.match_in_line(out + start[None], rows)
-
-
-@jax.jit
-def _pull(grad: jax.Array, place: jax.Array) -> jax.Array:
-    """The transposed map: every entry fetches the gradient of its place, zero where it has none."""
-    # A pullback may be handed a NumPy array.
-    return keys.take_or_zero(jnp.asarray(grad), place)
+    return _make_result(data, placed.indices, shape), _spread(spec.nse, placed, (x_dot,))
 
 
 def _spread(nse: int, placed: places.Placed, values: tuple[jax.Array, ...]) -> jax.Array:
-    """The map itself, for forward mode: every entry is added to its place."""
+    """Applies the map itself, for forward mode: every entry is added to its place."""
     total = jnp.zeros(nse, values[0].dtype)
     for place, entries in zip(placed.places, values, strict=True):
         total = total.at[place].add(entries, mode="drop")
     return total
 
 
-def _result(data: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> sparse.BCOO:
+def _make_result(data: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> sparse.BCOO:
     # Without dimensions no index can say that an entry is padding, so several are repetitions.
     is_unique = bool(shape) or len(data) <= 1
     return sparse.BCOO((data, indices), shape=shape, indices_sorted=True, unique_indices=is_unique)
 
 
-_AddArgs = tuple[jax.Array, jax.Array, jax.Array, jax.Array, "places.Limit | None"]
+_AddArgs = tuple[jax.Array, jax.Array, jax.Array, jax.Array, places.Limit | None]
+_SliceArgs = tuple[jax.Array, jax.Array, places.Window]
+# The values and indices of a result, and the place of each entry of the operands.
+_Outputs = tuple[jax.Array, jax.Array]
+_Places = tuple[jax.Array, ...]
 
 
-def _add_call(
+def _read_add(
     a: sparse.BCOO, b: sparse.BCOO, thresh: ArrayLike, nse: int | None
 ) -> tuple[places.AddSpec, _AddArgs]:
-    checks.operand("a", a, numeric=True)
-    checks.operand("b", b, numeric=True)
-    checks.same_kind(a, b)
-    limit = checks.threshold(thresh, a.data.dtype)
-    layout = checks.layout(a.shape, a.indices, b.indices)
-    room = checks.room(nse, a.nse + b.nse)
-    spec = places.AddSpec(layout, checks.flags(a), checks.flags(b), room)
+    checks.check_operand("a", a, numeric=True)
+    checks.check_operand("b", b, numeric=True)
+    checks.check_same_kind(a, b)
+    limit = bounds.make_limit(thresh, a.data.dtype)
+    layout = checks.make_layout(a.shape, a.indices, b.indices)
+    num_held = checks.read_nse(nse, a.nse + b.nse)
+    spec = places.AddSpec(layout, checks.read_flags(a), checks.read_flags(b), num_held)
     a_rows, b_rows = (x.indices.astype(layout.dtype) for x in (a, b))
     return spec, (jnp.asarray(a.data), jnp.asarray(b.data), a_rows, b_rows, limit)
 
 
-def _place_add(spec: places.AddSpec, *args: Any) -> places.Placed:
+def _place_add(spec: places.AddSpec, *args: *_AddArgs) -> places.Placed:
     placed: places.Placed = places.place_add(spec, *args)
-    checks.fits(placed.num_entries, spec.nse, len(args[0]) + len(args[1]))
+    checks.check_fits(placed.num_entries, spec.nse, len(args[0]) + len(args[1]))
     return placed
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _add(spec: places.AddSpec, *args: Any) -> tuple[jax.Array, jax.Array]:
+def _add(spec: places.AddSpec, *args: *_AddArgs) -> _Outputs:
     return _add_fwd(spec, *args)[0]
 
 
-def _add_fwd(spec: places.AddSpec, *args: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
+def _add_fwd(spec: places.AddSpec, *args: *_AddArgs) -> tuple[_Outputs, _Places]:
     placed = _place_add(spec, *args)
     return (placed.data, placed.indices), placed.places
 
 
-def _add_bwd(spec: places.AddSpec, entry_places: Any, cotangents: Any) -> tuple[Any, ...]:
-    grad = cotangents[0]
-    if not jnp.issubdtype(grad.dtype, jnp.inexact):
-        return (None,) * 5
-    return *(_pull(grad, place) for place in entry_places), None, None, None
+def _add_bwd(
+    spec: places.AddSpec, entry_places: _Places, cotangents: _Outputs
+) -> tuple[jax.Array | None, ...]:
+    return *_pull_all(cotangents[0], entry_places), None, None, None
 
 
 _add.defvjp(_add_fwd, _add_bwd)
 
 
-def _slice_call(
-    x: sparse.BCOO, start: Any, size: Any, nse: int | None
-) -> tuple[tuple[int, ...], places.SliceSpec, tuple[jax.Array, jax.Array, places.Window]]:
-    checks.operand("x", x, numeric=False)
-    layout = checks.layout(x.shape, x.indices)
-    shape, window = checks.window(x.shape, start, size, layout.dtype)
-    flags = checks.flags(x)
-    layouts = None if all(flags) else (layout, checks.layout(shape, x.indices))
-    spec = places.SliceSpec(layouts, flags, checks.room(nse, x.nse))
+def _read_slice(
+    x: sparse.BCOO, start: Start, size: Size, nse: int | None
+) -> tuple[tuple[int, ...], places.SliceSpec, _SliceArgs]:
+    checks.check_operand("x", x, numeric=False)
+    layout = checks.make_layout(x.shape, x.indices)
+    shape, window = bounds.make_window(x.shape, start, size, layout.dtype)
+    flags = checks.read_flags(x)
+    layouts = None if all(flags) else (layout, checks.make_layout(shape, x.indices))
+    spec = places.SliceSpec(layouts, flags, checks.read_nse(nse, x.nse))
     return shape, spec, (jnp.asarray(x.data), x.indices.astype(layout.dtype), window)
 
 
-def _place_slice(spec: places.SliceSpec, *args: Any) -> places.Placed:
+def _place_slice(spec: places.SliceSpec, *args: *_SliceArgs) -> places.Placed:
     placed: places.Placed = places.place_slice(spec, *args)
-    checks.fits(placed.num_entries, spec.nse, len(args[0]))
+    checks.check_fits(placed.num_entries, spec.nse, len(args[0]))
     return placed
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _slice(spec: places.SliceSpec, *args: Any) -> tuple[jax.Array, jax.Array]:
+def _slice(spec: places.SliceSpec, *args: *_SliceArgs) -> _Outputs:
     return _slice_fwd(spec, *args)[0]
 
 
-def _slice_fwd(spec: places.SliceSpec, *args: Any) -> tuple[tuple[jax.Array, jax.Array], Any]:
+def _slice_fwd(spec: places.SliceSpec, *args: *_SliceArgs) -> tuple[_Outputs, _Places]:
     placed = _place_slice(spec, *args)
     return (placed.data, placed.indices), placed.places
 
 
-def _slice_bwd(spec: places.SliceSpec, entry_places: Any, cotangents: Any) -> tuple[Any, ...]:
-    grad = cotangents[0]
-    if not jnp.issubdtype(grad.dtype, jnp.inexact):
-        return (None,) * 3
-    return _pull(grad, entry_places[0]), None, None
+def _slice_bwd(
+    spec: places.SliceSpec, entry_places: _Places, cotangents: _Outputs
+) -> tuple[jax.Array | None, ...]:
+    return *_pull_all(cotangents[0], entry_places), None, None
 
 
 _slice.defvjp(_slice_fwd, _slice_bwd)
+
+
+def _pull_all(grad: jax.Array, entry_places: _Places) -> tuple[jax.Array | None, ...]:
+    is_zero = not jnp.issubdtype(grad.dtype, jnp.inexact)  # values that have no derivative
+    return tuple(None if is_zero else pull(grad, place) for place in entry_places)

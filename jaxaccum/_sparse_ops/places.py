@@ -7,7 +7,7 @@ an entry that has none gets one past its end, which scatters drop and gathers fi
 from __future__ import annotations
 
 import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax import lax
 
 from jaxaccum._rows.prefix_sums import count_before
 from jaxaccum._sparse_ops import keys
+from jaxaccum._sparse_ops.keys import DType
 
 
 class Flags(NamedTuple):
@@ -95,9 +96,22 @@ def place_add(
     b_indices: jax.Array,
     limit: Limit | None,
 ) -> Placed:
-    """Merges two operands by rank: an entry's place is what comes before it in both of them."""
-    a = _operand(spec.layout, spec.a, a_data, a_indices)
-    b = _operand(spec.layout, spec.b, b_data, b_indices)
+    """Merges two operands: an entry's place is the number of kept ones before it in both of them.
+
+    The keys of the rows, with 4 in both operands; what is kept before an entry of a is counted in
+    a and, up to where the entry would stand there, in b::
+
+        a           1   4       9       b            2   4   7
+        before in a 0   1       2       before in b  0   -   1
+        found in b  0   1       3       found in a   1   1   2   (kept entries of a: 1, 4, 9)
+        before in b 0   1       2       before in a  1   -   2
+        place       0   2       4       place        1   2   3
+
+    The 4 of b is not kept by itself: its value is in the sum that a's 4 carries, and its own place
+    is that of a's. Where ``limit`` drops the sum, neither is kept and both places lie past the end.
+    """
+    a = _prepare(spec.layout, spec.a, a_data, a_indices)
+    b = _prepare(spec.layout, spec.b, b_data, b_indices)
     a_in_b, a_matched = _search(spec.layout, b, a)
     b_in_a, b_matched = _search(spec.layout, a, b)
     total = jnp.where(a_matched, a.values + keys.take_or_zero(b.values, a_in_b), a.values)
@@ -122,13 +136,13 @@ def place_add(
     return Placed(data, indices, num_entries, places)
 
 
-def _operand(layout: keys.KeyLayout, flags: Flags, data: jax.Array, indices: jax.Array) -> _Operand:
+def _prepare(layout: keys.KeyLayout, flags: Flags, data: jax.Array, indices: jax.Array) -> _Operand:
     words, live = layout.fold(indices)
     largest = layout.padding[0]
     if flags.is_sorted and flags.is_unique:
         return _Operand(words, live, data, None)
     if flags.is_sorted:
-        slot = keys.lower_bound(words, words, largest)
+        slot = keys.find_lower_bound(words, words, largest)
         return _Operand(words, live & keys.starts_group(words), sum_at(slot, data, len(data)), slot)
     padded = layout.pad(words, live)
 
@@ -138,8 +152,8 @@ def _operand(layout: keys.KeyLayout, flags: Flags, data: jax.Array, indices: jax
 
     # Most indices without the flags are in order all the same, and looking costs next to nothing.
     ranked, slot, values = lax.cond(
-        keys.in_order(padded, live),
-        lambda: (padded, keys.positions(padded), data),
+        keys.is_in_order(padded, live),
+        lambda: (padded, keys.number_rows(padded), data),
         rank,
     )
     return _Operand(ranked, keys.starts_group(ranked) & ~layout.is_padding(ranked), values, slot)
@@ -149,33 +163,33 @@ def _search(
     layout: keys.KeyLayout, table: _Operand, asked: _Operand
 ) -> tuple[jax.Array, jax.Array]:
     """Returns how many rows of ``table`` come before each asked one, and whether it is there."""
-    found = keys.lower_bound(table.words, asked.words, layout.padding[0])
+    found = keys.find_lower_bound(table.words, asked.words, layout.padding[0])
     if len(table.values) == 0:
         return found, jnp.zeros(found.shape, bool)
-    is_there = (found < len(table.values)) & keys.equal(keys.at(table.words, found), asked.words)
-    return found, is_there & asked.live
+    is_equal = keys.is_equal(keys.take_rows(table.words, found), asked.words)
+    return found, (found < len(table.values)) & is_equal & asked.live
 
 
 def _reaches(total: jax.Array, limit: Limit) -> jax.Array:
     """Whether sums are kept: no less than the limit, or NaN, which must not vanish unseen."""
-    size = magnitude(total)
+    size = measure(total)
     kept = (limit.smallest <= size) & ~limit.exceeds
     return kept | jnp.isnan(size) if jnp.issubdtype(size.dtype, jnp.inexact) else kept
 
 
-def magnitude(values: jax.Array) -> jax.Array:
+def measure(values: jax.Array) -> jax.Array:
     """Returns ``|values|``, unsigned for integers: the least of them has no signed opposite."""
     if jnp.issubdtype(values.dtype, jnp.inexact):
         return jnp.abs(values)
-    word = magnitude_dtype(values.dtype)
+    word = choose_magnitude_dtype(values.dtype)
     wide = values.astype(word)
     if jnp.issubdtype(values.dtype, jnp.signedinteger):
         wide = jnp.where(values < 0, jnp.zeros((), word) - wide, wide)
     return wide
 
 
-def magnitude_dtype(dtype: np.dtype[Any]) -> np.dtype[Any]:
-    """The dtype of ``|values|``: real for complex, unsigned for integers."""
+def choose_magnitude_dtype(dtype: DType) -> DType:
+    """Returns the dtype of ``|values|``: real for complex, unsigned for integers."""
     if jnp.issubdtype(dtype, jnp.complexfloating):
         return np.dtype(f"float{4 * dtype.itemsize}")
     if jnp.issubdtype(dtype, jnp.inexact):

@@ -172,7 +172,11 @@ def test_floats_agree_with_one_device_to_rounding_and_with_each_other_in_every_b
         np.testing.assert_allclose(grad.values, expected.values, rtol=0, atol=bound)
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint16", "bfloat16", "float16", "complex64"])
+@pytest.mark.parametrize(
+    "dtype",
+    ["int8", "bfloat16"]
+    + [pytest.param(d, marks=pytest.mark.full) for d in ("uint16", "float16", "complex64")],
+)
 def test_dtypes_and_reductions(dtype):
     reductions = ("mean_per_row", "mean_per_gradient", "sum")
 

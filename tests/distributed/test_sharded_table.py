@@ -61,7 +61,7 @@ class Shards:
     def apply(self, grads):
         """Verdicts of one gradient from each device, ``(ids, values, local_step)``."""
         good = [g for g in grads if self._trial(g) == oracle.ACCEPTED]
-        rows = [[i for i in ids.tolist() if i != ROWS] for ids, _, _ in good]
+        rows = [{i for i in ids.tolist() if i != ROWS} for ids, _, _ in good]
         held = set(self.whole.sums) | {i for ids in rows for i in ids}
         most_sent = max((ids_of(owner, r) for r in rows for owner in range(NUM_DEVICES)), default=0)
         most_held = max(ids_of(owner, held) for owner in range(NUM_DEVICES))
@@ -155,11 +155,12 @@ def test_refusal_leaves_every_shard_as_it_was():
 def test_rows_are_looked_up_wherever_they_are(way):
     rng = np.random.default_rng(3)
     table = rng.standard_normal((ROWS, 3)).astype(np.float32)
-    ids = rng.integers(0, ROWS + 1, (NUM_DEVICES, 11)).astype(np.int32)
-    ids[0] = 7  # all of one owner
+    ids = rng.permuted(np.tile(np.arange(0, ROWS + 1, 4, dtype=np.int32), (NUM_DEVICES, 1)), axis=1)
+    ids[0, :9] = [9, 5, 7, 7, 6, 8, 7, 5, 9]  # all five rows of one owner, some of them repeated
+    ids[0, 9:] = ROWS
 
     def program(axis_name, shard, ids):
-        return [jaxaccum.all_lookup(shard, ids, axis_name, bucket=k) for k in (None, 11, 10)]
+        return [jaxaccum.all_lookup(shard, ids, axis_name, bucket=k) for k in (None, 5, 4)]
 
     shards = table.reshape(NUM_DEVICES, 5, 3)
     free, ample, tight = on_devices(program, way)(*spread((shards, ids), way))
@@ -169,21 +170,69 @@ def test_rows_are_looked_up_wherever_they_are(way):
         assert (np.asarray(verdict) == Verdict.ACCEPTED).all()
     rows, verdict = tight
     assert verdict.tolist() == [Verdict.OVERFLOW] + [Verdict.ACCEPTED] * 7
-    expected[0, 10] = 0
-    assert np.array_equal(rows, expected)
+    expected[0][ids[0] == 9] = np.nan
+    assert np.array_equal(rows, expected, equal_nan=True)
 
 
-def test_ids_out_of_range_find_zeros_and_a_verdict():
+def test_crowded_ids_fit_a_bucket_of_twice_the_even_share():
+    """Raw Zipf ids of a shuffled vocabulary: what is repeated is sent once."""
+    rng = np.random.default_rng(7)
+    rows, size = 128 * NUM_DEVICES, 256
+    shuffled = rng.permutation(rows).astype(np.int32)
+    ids = shuffled[rng.zipf(1.2, (NUM_DEVICES, size)) % rows]
+    bucket = 2 * size // NUM_DEVICES
+    crowded = np.apply_along_axis(np.bincount, 1, ids // 128, minlength=NUM_DEVICES)
+    assert (crowded.max(axis=1) > bucket).all()
+    values = rng.integers(-9, 10, (NUM_DEVICES, size, 2)).astype(np.float32)
+    table = rng.standard_normal((rows, 2)).astype(np.float32)
+
+    def program(axis_name, shard, ids, values):
+        state = jaxaccum.init((128, 2), capacity=128, reduction="sum")
+        grad = IndexedSlices(ids, values, (rows, 2))
+        state, applied = jaxaccum.all_apply(state, grad, axis_name, bucket=bucket)
+        found, looked_up = jaxaccum.all_lookup(shard, ids, axis_name, bucket=bucket)
+        return jaxaccum.take(state)[1].to_dense(), state.counts, found, applied, looked_up
+
+    args = spread((table.reshape(NUM_DEVICES, 128, 2), ids, values), "shard_map")
+    sums, counts, found, *verdicts = on_devices(program, "shard_map")(*args)
+    assert (np.asarray(verdicts) == Verdict.ACCEPTED).all()
+    expected = np.zeros((rows, 2))
+    np.add.at(expected, ids, values)
+    assert np.array_equal(np.reshape(sums, (rows, 2)), expected)
+    assert np.sum(counts) == sum(len(np.unique(one)) for one in ids)
+    assert np.array_equal(found, table[ids])
+
+
+def test_sums_before_sending_are_as_wide_as_the_accumulator():
+    """300 slices of 1 and one of 256: in bfloat16 the small ones would be lost."""
+
+    def program(axis_name, ids, values):
+        state = jaxaccum.init((5, 1), jnp.bfloat16, capacity=5, reduction="sum")
+        grad = IndexedSlices(ids, values.astype(jnp.bfloat16), (ROWS, 1))
+        state, verdict = jaxaccum.all_apply(state, grad, axis_name, bucket=2)
+        return state.values[0], verdict
+
+    ids = np.full((NUM_DEVICES, 301), 3, np.int32)
+    values = np.ones((NUM_DEVICES, 301, 1), np.float32)
+    values[:, 0] = 256
+    sums, verdict = on_devices(program, "shard_map")(*spread((ids, values), "shard_map"))
+    assert (np.asarray(verdict) == Verdict.ACCEPTED).all()
+    assert np.asarray(sums).ravel().tolist() == [NUM_DEVICES * 556] + [0] * 7
+
+
+def test_ids_out_of_range_find_no_row_and_a_verdict():
     def program(axis_name, shard, ids):
         return jaxaccum.all_lookup(shard, ids, axis_name)
 
     ids = np.full((NUM_DEVICES, 2), 3, np.int32)
-    ids[1, 0], ids[2, 1] = -1, ROWS + 1
-    shards = np.ones((NUM_DEVICES, 5, 1), np.float32)
-    rows, verdict = on_devices(program, "shard_map")(*spread((shards, ids), "shard_map"))
-    assert (np.asarray(rows)[:, :, 0] == (ids == 3)).all()
-    expected = [0, Verdict.INVALID, Verdict.INVALID, 0, 0, 0, 0, 0]
-    assert verdict.tolist() == expected
+    ids[1, 0], ids[2, 1], ids[3, 0] = -1, ROWS + 1, ROWS
+    for dtype, missing in ((np.float32, np.nan), (np.int32, -(2**31))):
+        shards = np.ones((NUM_DEVICES, 5, 1), dtype)
+        rows, verdict = on_devices(program, "shard_map")(*spread((shards, ids), "shard_map"))
+        expected = np.ones((NUM_DEVICES, 2), dtype)
+        expected[1, 0], expected[2, 1], expected[3, 0] = missing, missing, 0
+        assert np.array_equal(np.asarray(rows)[:, :, 0], expected, equal_nan=dtype == np.float32)
+        assert verdict.tolist() == [0, Verdict.INVALID, Verdict.INVALID, 0, 0, 0, 0, 0]
 
 
 def test_a_table_its_optimizer_and_its_accumulator_live_in_shards():
@@ -193,27 +242,29 @@ def test_a_table_its_optimizer_and_its_accumulator_live_in_shards():
     table = rng.standard_normal((ROWS, 2)).astype(np.float32)
     ids = rng.integers(0, ROWS, (STEPS, NUM_DEVICES, SIZE)).astype(np.int32)
     tx = jaxaccum.lazy_rows(optax.adagrad(0.5, initial_accumulator_value=1.0, eps=0.0))
-    params = {"table": table, "optimizer": tx.init(table), "rate": np.float32(0.5)}
-    specs = jaxaccum.shard_specs(params, axis, num_rows=ROWS)
+    optimizer = tx.init({"table": table})
+    params = {"table": table, "optimizer": optimizer, "rate": np.float32(0.5)}
+    selection = {"tables": {"table": True}, "params": {"table": table}}
+    specs = jaxaccum.shard_specs(params, axis, **selection)
     assert (specs["table"], specs["rate"]) == (PartitionSpec(axis), PartitionSpec())
-    assert specs["optimizer"][0].sum_of_squares == PartitionSpec(axis)
-    sharded = jaxaccum.shard_rows(params, mesh, axis, num_rows=ROWS)
+    assert specs["optimizer"][0].sum_of_squares["table"] == PartitionSpec(axis)
+    sharded = jaxaccum.shard_rows(params, mesh, axis, **selection)
     assert sharded["table"].sharding.spec == PartitionSpec(axis)
     assert sharded["rate"].sharding.spec == PartitionSpec()
-    states = jaxaccum.shard_init((ROWS, 2), capacity=5, mesh=mesh, axis_name=axis)
+    states = jaxaccum.shard_init((ROWS, 2), mesh, axis, capacity=5)
 
-    def step(params, states, ids):
-        state, ids = jax.tree.map(lambda leaf: leaf[0], (states, ids))
-        rows, _ = jaxaccum.all_lookup(params["table"], ids, axis)
+    def step(params, state, ids):
+        rows, _ = jaxaccum.all_lookup(params["table"], ids[0], axis)
         # The gradient of half the squared norm of the rows is the rows themselves.
-        state, _ = jaxaccum.all_apply(state, IndexedSlices(ids, rows, (ROWS, 2)), axis)
+        state, _ = jaxaccum.all_apply(state, IndexedSlices(ids[0], rows, (ROWS, 2)), axis)
         state, grad, _ = jaxaccum.take(state)
-        updates, optimizer = tx.update(grad, params["optimizer"], params["table"])
-        table = jaxaccum.apply_updates(params["table"], updates)
-        params = {**params, "optimizer": optimizer, "table": table}
-        return params, jax.tree.map(lambda leaf: leaf[None], state)
+        table = {"table": params["table"]}
+        updates, optimizer = tx.update({"table": grad}, params["optimizer"], table)
+        table = jaxaccum.apply_updates(table, updates)
+        return {**params, "optimizer": optimizer, **table}, state
 
     in_specs = (specs, PartitionSpec(axis), PartitionSpec(axis))
+    step = jaxaccum.drop_device_axis(step)
     step = jax.shard_map(step, mesh=mesh, in_specs=in_specs, out_specs=in_specs[:2])
     step = jax.jit(step, donate_argnums=(0, 1))
     squares = np.ones((ROWS, 2))
@@ -229,7 +280,7 @@ def test_a_table_its_optimizer_and_its_accumulator_live_in_shards():
         table -= 0.5 * grad / np.sqrt(squares)
     np.testing.assert_allclose(sharded["table"], table, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(
-        sharded["optimizer"][0].sum_of_squares, squares, rtol=1e-5, atol=1e-6
+        sharded["optimizer"][0].sum_of_squares["table"], squares, rtol=1e-5, atol=1e-6
     )
 
 
@@ -249,16 +300,17 @@ def test_only_empty_accumulators_are_copied_and_their_verdicts_count_once():
 
 def test_wrong_calls_say_what_is_wrong():
     mesh = devices.MESHES["data"]
-    with pytest.raises(ValueError, match=r"num_rows .* 8 devices of axis 'data', got 41; pad .* 7"):
-        jaxaccum.shard_rows(np.zeros((41, 2)), mesh, "data", num_rows=41)
+    table = np.zeros((41, 2), np.float32)
+    with pytest.raises(ValueError, match=r"tree\['t'\] .* 8 devices of axis 'data', got 41; pad"):
+        jaxaccum.shard_rows({"t": table}, mesh, "data", tables=True)
     with pytest.raises(ValueError, match=r"dense_shape .* 8 devices .* got 41; pad .* 7"):
-        jaxaccum.shard_init((41, 2), capacity=3, mesh=mesh, axis_name="data")
+        jaxaccum.shard_init((41, 2), mesh, "data", capacity=3)
     with pytest.raises(ValueError, match="dense_shape must have a known row count"):
-        jaxaccum.shard_init((None, 2), capacity=3, mesh=mesh, axis_name="data")
+        jaxaccum.shard_init((None, 2), mesh, "data", capacity=3)
     with pytest.raises(
         ValueError, match=r"axis_name must be of the mesh's \('data',\), got 'rows'"
     ):
-        jaxaccum.shard_init((40, 2), capacity=3, mesh=mesh, axis_name="rows")
+        jaxaccum.shard_init((40, 2), mesh, "rows", capacity=3)
     with pytest.raises(ValueError, match="axis_name must be of the mesh's"):
         jaxaccum.replicate(jaxaccum.init((40, 2), capacity=3), mesh, ("data", "rows"))
 

@@ -109,7 +109,14 @@ programs = {
 TABLES = {"known": ROWS, "unknown": None}
 
 
-@pytest.mark.parametrize(("way", "take"), programs, ids=lambda x: getattr(x, "__name__", x))
+@pytest.mark.parametrize(
+    ("way", "take"),
+    [
+        pytest.param(*p, marks=pytest.mark.full if p == ("pmap", merge_then_take) else ())
+        for p in programs
+    ],
+    ids=lambda x: getattr(x, "__name__", x),
+)
 @hypothesis.given(
     kinds=st.lists(st.sampled_from(KINDS), min_size=EVENTS, max_size=EVENTS),
     required=st.lists(st.sampled_from([1, 5, 17]), min_size=STEPS, max_size=STEPS),

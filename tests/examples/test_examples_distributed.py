@@ -18,7 +18,7 @@ SHORT += ["--train-triples=5000", "--test-triples=20"]
 
 
 def run(script, *arguments, code=0):
-    package = pathlib.Path(jaxaccum.__file__).parents[2]
+    package = pathlib.Path(jaxaccum.__file__).parents[1]
     environment = {k: v for k, v in os.environ.items() if k != "XLA_FLAGS"}
     done = subprocess.run(
         [sys.executable, "-W", "error", EXAMPLES / script, *SHORT, *arguments],

@@ -259,7 +259,7 @@ def test_scan_writes_no_array_of_the_size_of_a_table(data):
 
 def test_runs_from_any_folder(data, tmp_path):
     command = [sys.executable, EXAMPLES / "wordnet_embeddings.py", "--data", data, *SHORT]
-    package = str(pathlib.Path(jaxaccum.__file__).parents[2])
+    package = str(pathlib.Path(jaxaccum.__file__).parents[1])
     environment = {**os.environ, "XLA_FLAGS": "", "PYTHONPATH": package}
     done = subprocess.run(
         [*command, "--epochs=1", "--near", "dog"],

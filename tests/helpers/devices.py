@@ -9,6 +9,7 @@ MESHES = {
     "data": jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)),
     ("host", "core"): jax.make_mesh((2, 4), ("host", "core"), axis_types=(AxisType.Auto,) * 2),
 }
+EXPLICIT = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
 # How the same program is run: by which means, over which axis or axes.
 WAYS = {
     "pmap": ("pmap", "data"),

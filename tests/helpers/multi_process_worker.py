@@ -51,17 +51,15 @@ def main(task):
 
     def start():
         zeros = np.zeros((ROWS, WIDTH), np.float32)
-        replicated = jaxaccum.shard_rows(zeros, mesh, "data", num_rows=0)  # of none such
+        replicated = jaxaccum.shard_rows(zeros, mesh, "data", tables=False)
         options = {"capacity": ROWS, "reduction": "sum"}
         state = jaxaccum.init((ROWS, WIDTH), **options)
         return {
             "table": replicated,
-            "shards": jaxaccum.shard_rows(zeros, mesh, "data", num_rows=ROWS),
+            "shards": jaxaccum.shard_rows(zeros, mesh, "data", tables=True),
             "state": jaxaccum.replicate(state, mesh, "data"),
-            "sharded": jaxaccum.shard_init(
-                (ROWS, WIDTH), mesh=mesh, axis_name="data", **options
-            ),
-        }  # fmt: skip
+            "sharded": jaxaccum.shard_init((ROWS, WIDTH), mesh, "data", **options),
+        }
 
     def step(train, ids, values):
         def micro_step(states, batch):
@@ -71,18 +69,19 @@ def main(task):
             state, _ = jaxaccum.apply(states[0], grad)
             return (state, jaxaccum.all_apply(states[1], grad, "data")[0]), None
 
-        states = jax.tree.map(lambda leaf: leaf[0], (train["state"], train["sharded"]))
+        states = (train["state"], train["sharded"])
         (state, sharded), _ = jax.lax.scan(micro_step, states, (ids[0], values[0]))
         state, whole, _, _ = jaxaccum.all_take(state, "data", REQUIRED)
         sharded, part, _ = jaxaccum.take(sharded, REQUIRED)
         return {
             "table": train["table"].at[whole.indices].add(whole.values, mode="drop"),
             "shards": train["shards"].at[part.indices].add(part.values, mode="drop"),
-            "state": jax.tree.map(lambda leaf: leaf[None], state),
-            "sharded": jax.tree.map(lambda leaf: leaf[None], sharded),
+            "state": state,
+            "sharded": sharded,
         }
 
     specs = {"table": PartitionSpec(), "shards": data, "state": data, "sharded": data}
+    step = jaxaccum.drop_device_axis(step)
     step = jax.shard_map(step, mesh=mesh, in_specs=(specs, data, data), out_specs=specs)
     step = jax.jit(step, donate_argnums=0)
 

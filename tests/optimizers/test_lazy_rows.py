@@ -371,9 +371,8 @@ class TestApplyUpdates:
     def test_updates_scaled_outside_of_lazy_rows_are_refused(self):
         tx = optax.chain(jaxaccum.lazy_rows(optax.sgd(0.1)), optax.scale(0.5))
         params = make_params()
-        updates, _ = tx.update(make_grads([1]), tx.init(params), params)
-        with pytest.raises(TypeError, match=r"updates\['table'\] has lost its row numbers"):
-            jaxaccum.apply_updates(params, updates)
+        with pytest.raises(TypeError, match=r"^optax\.scale takes the row numbers .*lazy_rows"):
+            tx.update(make_grads([1]), tx.init(params), params)
 
     def test_a_chain_of_lazy_transforms_composes(self):
         params = make_params()

@@ -47,18 +47,52 @@ def test_nse_that_is_too_small_is_loud():
     assert error.get() is None
 
 
-def test_gradient_rows_that_match_nothing_are_reported():
-    rows, out = jnp.array([[1], [4]]), jnp.array([[0], [2]])
-    call = lambda out: jaxaccum.sparse_slice_grad(jnp.ones(2), rows, jnp.array([1]), out)  # noqa: E731
-    text = "no row in input_indices: of 2 used 1"
-    for lost in (out, jnp.array([[0], [0]])):  # without a row, and second to claim one
-        with pytest.raises(ValueError, match=text):
-            call(lost)
-        error, _ = jax.jit(checkify.checkify(call))(lost)
-        assert text in error.get()
-    error, grad = jax.jit(checkify.checkify(call))(jnp.array([[3], [0]]))
+checked_slice_grad = jax.jit(checkify.checkify(jaxaccum.sparse_slice_grad))
+
+
+@pytest.mark.parametrize(
+    ("out", "num_used"),
+    [
+        ([[2], [3]], 1),  # the first has no row, and is not the last
+        ([[0], [0], [3]], 2),  # the second claims the row of the first
+        ([[3], [2]], 1),  # what comes last lies beyond no other
+        ([[0], [3], [3], [3]], 2),  # repeated as often as the input does: real for all one knows
+    ],
+)
+def test_gradient_rows_that_match_nothing_are_reported(out, num_used):
+    call = jnp.ones(len(out)), jnp.array([[1], [4], [4], [4]]), jnp.array([1]), jnp.array(out)
+    text = f"no row in input_indices: of {len(out)} used {num_used}"
+    with pytest.raises(ValueError, match=text):
+        jaxaccum.sparse_slice_grad(*call)
+    error, _ = checked_slice_grad(*call)
+    assert text in error.get()
+
+
+def test_gradient_rows_that_all_match_are_not_reported():
+    rows = jnp.array([[1], [4], [4], [4]])
+    error, grad = checked_slice_grad(ramp(1.0, 3.0), rows, jnp.array([1]), jnp.array([[3], [0]]))
     assert error.get() is None
-    assert grad.tolist() == [1, 1]
+    assert grad.tolist() == [2, 1, 1, 1]
+
+
+# Entries of a vector of 6, the slice's start and size: padding beyond the input, on an entry of it
+# outside of the slice, alone, and nothing but padding; from below zero, and of a repeated entry.
+PADDED_SLICES = [([0, 3, 5], 1, 9), ([0, 3, 5], 0, 3), ([0, 1, 5], 0, 3), ([0, 3, 4], 1, 2)]
+PADDED_SLICES += [([3, 4, 5], 0, 0), ([0, 2, 4], -2, 5), ([5, 0, 0], 0, 5)]
+
+
+@pytest.mark.parametrize(("entries", "start", "size"), PADDED_SLICES)
+@pytest.mark.parametrize("extra", [0, 2])
+def test_gradient_of_a_padded_slice_is_that_of_its_rule(entries, start, size, extra):
+    x = vector(entries, np.ones(len(entries)), 6, (False, False))
+    part = jaxaccum.sparse_slice(x, [start], [size], nse=x.nse + extra)
+    call = ramp(1.0, part.nse + 1), x.indices, jnp.array([start]), part.indices
+    inside = sorted({i for i in entries if start <= i < start + size})
+    want = [1.0 + inside.index(i) if i in inside else 0.0 for i in entries]
+    assert jaxaccum.sparse_slice_grad(*call).tolist() == want
+    error, grad = checked_slice_grad(*call)
+    assert error.get() is None
+    assert grad.tolist() == want
 
 
 def test_sum_rows_that_nobody_has_are_ignored():
@@ -74,6 +108,7 @@ def test_empty_index_lists():
     assert jaxaccum.sparse_slice_grad([], empty, [0, 0], empty).shape == (0,)
 
 
+@pytest.mark.full
 def test_results_feed_the_rest_of_jax_sparse():
     a, b = random_pair("sorted", "wild")
     total = jaxaccum.sparse_add(a, b)

@@ -35,9 +35,14 @@ def groups(cases, values):
         if spec["dtype"] in [*DTYPES, "bool"] and case["name"] not in IMPROVED:
             rank = len(case.get("dense_shape", case.get("shape")))
             found[f"{spec['dtype']}-r{rank}"].append(case)
-    return [pytest.param(cases, id=name) for name, cases in sorted(found.items())]
+    return [
+        pytest.param(cases, id=name, marks=[pytest.mark.full] * (name not in BY_DEFAULT))
+        for name, cases in sorted(found.items())
+    ]
 
 
+# Every rank once, and a dtype of each further kind; test_every_dtype draws others.
+BY_DEFAULT = [*(f"float32-r{rank}" for rank in range(9)), "bfloat16-r2", "uint32-r2", "bool-r2"]
 # Where we differ from TensorFlow on purpose; each has a test of its own below.
 IMPROVED = {"nan-sum-dropped-even-at-0", "int32-min-dropped", "unsorted-keeps-order"}
 ROOM = 40
@@ -145,14 +150,12 @@ OURS = {
     "SparseSliceGrad-02": r"backprop_val_grad must be a vector, got shape \(1, 1\)",
     "SparseSliceGrad-03": r"backprop_val_grad must be a vector, got shape \(\)",
     "SparseSliceGrad-04": r"same number of columns.*\(1, 1\).*\(1, 2\)",
-    "SparseSliceGrad-05": r"more rows than input_indices, got 2 and 1",
     "SparseSliceGrad-06": r"one element a row of output_indices, got 2 and 1",
     "SparseSliceGrad-07": r"one element a row of output_indices, got 0 and 1",
     "SparseSliceGrad-08": r"input_start must be a vector, got shape \(1, 1\)",
     "SparseSliceGrad-09": r"input_start must be a vector, got shape \(\)",
     "SparseSliceGrad-10": r"input_start must have 1 entries.* got 2",
     "SparseSliceGrad-11": r"input_start must have 1 entries.* got 0",
-    "SparseSliceGrad-12": r"no row in input_indices: of 1 used 0",
 }
 # A BCOO cannot be built so at all: its own constructor refuses.
 NO_BCOO = {f"SparseAdd-{i:02}" for i in (0, 1, 2, 3, 4, 5, 6, 9, 10)}
@@ -161,6 +164,8 @@ NO_BCOO |= {f"SparseSlice-{i:02}" for i in (0, 1, 2, 3, 6, 7)}
 # indices have 64 bits, a shape of more cells than int64 counts are no faults here.
 NOT_WRONG = {"SparseAdd-07", "SparseAdd-08", "SparseSlice-04", "SparseSlice-05"}
 NOT_WRONG |= {"SparseAdd-14", "SparseSliceGrad-13", "SparseSlice-18"}
+# Rows at the end that the input lacks are padding to the function; `raw_ops` refuses them.
+NOT_WRONG |= {"SparseSliceGrad-05", "SparseSliceGrad-12"}
 
 
 def test_every_golden_error_is_accounted_for():
@@ -216,14 +221,20 @@ def test_least_integer_has_a_magnitude():
     assert stored(jaxaccum.sparse_add(half, half, 2**31 + 1)) == {}
 
 
-@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint32", "float16"])
+jitted_add = jax.jit(jaxaccum.sparse_add)
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    ["uint32", "float16", *(pytest.param(d, marks=pytest.mark.full) for d in ("int8", "uint8"))],
+)
 @pytest.mark.parametrize("thresh", [2.5, 3, 3.5, 2.0**40, 1e30, -1e30, -5])
 def test_thresh_of_another_type_is_converted_not_reinterpreted(dtype, thresh):
     one = bcoo([[0], [1]], np.array([1, 2]).astype(dtype), (2,))
     two = bcoo([[0], [1]], np.array([2, 2]).astype(dtype), (2,))
     want = twin_add(one, two, thresh)
     assert_entries(jaxaccum.sparse_add(one, two, thresh), want)
-    assert_entries(jax.jit(jaxaccum.sparse_add)(one, two, np.float32(thresh)), want)
+    assert_entries(jitted_add(one, two, np.float32(thresh)), want)
 
 
 def test_slice_sorts_what_tensorflow_leaves_unsorted():

@@ -44,6 +44,16 @@ def test_a_gradient_that_would_be_lost_raises():
         raw_ops.SparseSliceGrad(**inputs)
 
 
+def test_a_padded_slice_is_refused_as_tensorflow_does():
+    x = {"backprop_val_grad": [1.0, 2.0], "input_indices": [[1]], "input_start": [0]}
+    text = "# rows of output_indices should be not greater than of input_indices, got 2 and 1"
+    with pytest.raises(jaxaccum.InvalidArgumentError, match=text):
+        raw_ops.SparseSliceGrad(**x, output_indices=[[1], [2]])
+    x["input_indices"] = [[1], [5]]
+    with pytest.raises(ValueError, match="of 2 used 1"):
+        raw_ops.SparseSliceGrad(**x, output_indices=[[1], [2]])
+
+
 A = {"a_indices": [[0, 1], [2, 0]], "a_values": [1.0, 2.0], "a_shape": [3, 2]}
 B = {"b_indices": np.array([[2, 0], [2, 1]]), "b_values": jnp.array([-2.0, 5.0]), "b_shape": [3, 2]}
 

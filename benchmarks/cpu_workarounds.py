@@ -1,0 +1,102 @@
+"""Whether the detours of ``_rows/cpu_workarounds.py`` are still worth it, each where it is used.
+
+Each program is compiled with the detour and without, and the two run in turns. "Gain" is the time
+without over the time with it: what stays near 1 or below may go.
+
+    python benchmarks/cpu_workarounds.py
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import harness
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import jaxaccum
+from jaxaccum._accumulator import reduction
+from jaxaccum._rows import unique_rows
+
+ROWS, WIDTH = harness.scaled(1_000_000), 64
+IDS, HELD = harness.scaled(16_384), harness.scaled(400_000)
+Step = Callable[[], Any]
+
+
+def gradient(num_ids: int) -> jaxaccum.IndexedSlices:
+    rng = np.random.default_rng(0)
+    ids = jnp.asarray(rng.choice(ROWS, min(num_ids, ROWS), replace=False), jnp.int32)
+    values = jnp.asarray(rng.standard_normal((len(ids), WIDTH), np.float32))
+    return jaxaccum.IndexedSlices(ids, values, (ROWS, WIDTH))
+
+
+def donated(function: Callable[..., Any], carry: Any, *args: Any) -> Step:
+    """A step that gives its first argument away and gets it back."""
+    compiled = jax.jit(function, donate_argnums=0).lower(carry, *args).compile()
+    box = [jax.tree.map(jnp.copy, carry)]
+
+    def step() -> Any:
+        box[0] = compiled(box[0], *args)
+        return box[0]
+
+    return step
+
+
+def lazy_step(optimizer: optax.GradientTransformation) -> Callable[[], Step]:
+    def make() -> Step:
+        tx = jaxaccum.lazy_rows(optimizer)
+        table = jnp.zeros((ROWS, WIDTH))
+
+        def train(carry: Any, grad: jaxaccum.IndexedSlices) -> Any:
+            updates, state = tx.update(grad, carry[1], carry[0])
+            return jaxaccum.apply_updates(carry[0], updates), state
+
+        return donated(train, (table, tx.init(table)), gradient(IDS))
+
+    return make
+
+
+def take_sums() -> Step:
+    state = jaxaccum.init((ROWS, WIDTH), capacity=HELD, reduction="sum")
+    state, _ = jax.jit(jaxaccum.apply)(state, gradient(HELD))
+    take = jax.jit(jaxaccum.take).lower(state).compile()
+    return lambda: take(state)
+
+
+# What is run, where the detour is looked up, and what stands in its place without it.
+CASES: dict[str, tuple[Callable[[], Step], Any]] = {
+    f"lazy_rows(adam), {IDS:,} ids": (lazy_step(optax.adam(1e-3)), unique_rows),
+    f"lazy_rows(sgd with momentum), {IDS:,} ids": (
+        lazy_step(optax.sgd(1e-3, momentum=0.9)),
+        unique_rows,
+    ),
+    f"take of {HELD:,} rows, reduction sum": (take_sums, reduction),
+}
+
+
+def main() -> None:
+    rows = []
+    for name, (make, module) in CASES.items():
+        with mock.patch.object(module, "compute_with", lambda rows, indices: rows):
+            jax.clear_caches()
+            without = make()
+        jax.clear_caches()
+        steps = {"with": make(), "without": without}
+        ms = harness.interleaved_ms(steps, repeats=15, in_a_row=3)
+        rows.append(
+            {
+                "compute_with in": name,
+                "with ms": ms["with"],
+                "without ms": ms["without"],
+                "gain": ms["without"] / ms["with"],
+            }
+        )
+    harness.report("cpu_workarounds", rows, note=f"Of a table of {ROWS:,} x {WIDTH} float32.")
+
+
+if __name__ == "__main__":
+    main()
