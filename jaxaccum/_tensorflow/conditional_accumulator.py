@@ -37,8 +37,8 @@ class SparseConditionalAccumulator:
     device, and what it adds stays there until it is taken. Small gradients from host memory go
     there several at a time.
 
-    A signal handler that interrupts a call may close the accumulator. Whatever else it calls raises
-    a ``RuntimeError`` if its own thread is in the middle of changing what is accumulated.
+    A ``RuntimeError`` refuses what is called, or made, inside ``jit``; and what a signal handler
+    calls while its own thread is in the middle of a call, unless it closes the accumulator.
 
     Args:
       dtype: of the gradients; any numeric JAX dtype.

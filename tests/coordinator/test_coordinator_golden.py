@@ -71,10 +71,14 @@ def play(acc, op):
 def some(cases):
     """Most that have a name of their own, and some of the random ones; the others with --full."""
     for case in cases:
-        name, costly = case["name"], ("partial-shape-2-2-none", "mean-is-per-row-float32")
-        is_more = name in costly or (
-            name.startswith("random") and name[-2:] not in ("00", "10", "30")
+        name = case["name"]
+        costly = (
+            "doc-sum",
+            "mean-is-per-row-float32",
+            "partial-shape-2-2-none",
+            "tail-shape-pinned-until-take",
         )
+        is_more = name in costly or (name.startswith("random") and not name.endswith("00"))
         marks = [pytest.mark.full] if is_more else []
         yield pytest.param(case, marks=marks, id=case["name"])
 

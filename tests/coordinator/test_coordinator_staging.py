@@ -113,7 +113,7 @@ def test_loading_replaces_what_is_staged():
 
 
 def test_rows_of_another_shape_after_a_take_get_a_stage_of_their_own():
-    acc = takers.accumulator(shape=None)
+    acc = takers.accumulator(shape=(16, None))
     for step, columns in enumerate((3, 2, 3)):
         acc.apply_grad([step], np.full((1, columns), step, np.int32), local_step=step)
         assert acc.take_grad(1).values.tolist() == [[step] * columns]
