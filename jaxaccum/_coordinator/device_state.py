@@ -231,7 +231,7 @@ class DeviceState:
         self._compiled = compiled
 
     def _plan(self, key: _Key, program: Any, *args: Any) -> Callable[[], object] | None:
-        """What compiles ``program`` for the present state without the lock; ``None`` if it is."""
+        """Returns what compiles ``program`` for the present state, or ``None`` if that is done."""
         compiled = self._compiled
         if key in compiled:
             return None

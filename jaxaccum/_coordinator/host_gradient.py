@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum._coordinator.arguments import brackets
+from jaxaccum._coordinator.arguments import as_text
 from jaxaccum._coordinator.errors import InvalidArgumentError
 from jaxaccum._coordinator.placement import is_in_host_memory, outside_jit
 from jaxaccum._coordinator.spec import Shape, Spec, check_shape
@@ -77,7 +77,7 @@ def read_gradient(
     shape = values.shape
     if indices.ndim != 1:
         raise InvalidArgumentError(
-            f"Input indices should be vector but received shape: {brackets(indices.shape)}"
+            f"Input indices should be vector but received shape: {as_text(indices.shape)}"
         )
     if not shape:
         raise InvalidArgumentError("Values cannot be 0-dimensional.")

@@ -15,7 +15,7 @@ from jaxaccum._coordinator.placement import Placement, outside_jit
 from jaxaccum._coordinator.spec import Spec
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.public import public
-from jaxaccum._tensorflow.registry import shared, unique_name
+from jaxaccum._tensorflow.registry import claim_name, share
 from jaxaccum._tensorflow.sparse_gradient import SparseGradient, as_tuple
 
 _DEFAULT_NAME = "sparse_conditional_accumulator"
@@ -86,12 +86,12 @@ class SparseConditionalAccumulator:
         accumulator_dtype: DTypeLike | None = None,
     ) -> None:
         spec = Spec.of(dtype, shape, reduction_type, accumulator_dtype)
-        self._name = unique_name(name or _DEFAULT_NAME, self)
+        self._name = claim_name(name or _DEFAULT_NAME, self)
 
         def make() -> Coordinator:
             return Coordinator(spec, self.name, DeviceState(spec, capacity, Placement(device)))
 
-        self._core = shared(shared_name, spec, make) if shared_name else make()
+        self._core = share(shared_name, spec, make) if shared_name else make()
 
     def __repr__(self) -> str:
         return f"SparseConditionalAccumulator({self._core.spec}, name={self._name!r})"

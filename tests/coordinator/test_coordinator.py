@@ -405,7 +405,7 @@ def test_making_one_costs_the_same_however_many_live(monkeypatch):
 
     monkeypatch.setattr(registry, "_named", Names())
     monkeypatch.setattr(registry, "_last_number", {})
-    names = {registry.unique_name("rows", object()) for _ in range(500)}
+    names = {registry.claim_name("rows", object()) for _ in range(500)}
     assert len(names) == 500
     assert len(looks) <= 2 * 500
 
