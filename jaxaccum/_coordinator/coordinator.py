@@ -108,7 +108,7 @@ class Coordinator:
                 self._locked(self._expire, waiter, even_closed=True)
             return self._collect(waiter, trim=trim)
         except BaseException:
-            self._leave(waiter)
+            self._locked(self._forget, waiter, even_closed=True)
             raise
 
     async def take_async(self, num_required: Any, timeout: float | None, *, trim: bool) -> Any:
@@ -132,7 +132,7 @@ class Coordinator:
                 self._locked(self._expire, waiter, even_closed=True)
             return await asyncio.to_thread(self._collect, waiter, trim=trim)
         except BaseException:
-            self._leave(waiter)
+            self._locked(self._forget, waiter, even_closed=True)
             raise
 
     def num_accumulated(self) -> int:
@@ -316,9 +316,6 @@ class Coordinator:
         if waiter.outcome[0] is None and not self.is_closed:
             self._forget(waiter)
             raise DeadlineExceededError("Timed out waiting for notification")
-
-    def _leave(self, waiter: Waiter) -> None:
-        self._locked(self._forget, waiter, even_closed=True)
 
     def _collect(self, waiter: Waiter, *, trim: bool) -> Any:
         """Returns what the waiter was served, waiting for the device outside the lock."""

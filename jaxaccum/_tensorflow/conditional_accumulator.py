@@ -163,20 +163,13 @@ class SparseConditionalAccumulator:
         local_step: ArrayLike = 0,
         name: str | None = None,
     ) -> bool:
-        """Adds a gradient unless it is stale; `apply_grad` says more.
+        """Adds a gradient unless it is stale, and returns and raises what `apply_grad` does.
 
         Args:
           grad: an `IndexedSlices`, whose padding is skipped; or anything else with ``indices``,
             ``values`` and ``dense_shape``, which has no padding.
           local_step: the step at which the gradient was computed.
           name: ignored.
-
-        Returns:
-          True if it was accepted, False if it was stale.
-
-        Raises:
-          InvalidArgumentError: the gradient does not fit; nothing has changed.
-          CancelledError: the accumulator is closed.
 
         Example:
           >>> import jaxaccum, numpy as np
@@ -238,7 +231,7 @@ class SparseConditionalAccumulator:
         timeout: float | None = None,
         trim: bool = True,
     ) -> IndexedSlices:
-        """Waits and takes as `take_grad` does, and returns an `IndexedSlices`.
+        """Does what `take_grad` does, but returns an `IndexedSlices`.
 
         Args:
           num_required: at least 1.
@@ -249,8 +242,6 @@ class SparseConditionalAccumulator:
 
         Returns:
           The reduced gradient, rows ascending; its row count is ``None`` where unknown.
-
-        It raises what `take_grad` does.
 
         Example:
           >>> import jaxaccum

@@ -81,6 +81,15 @@ def test_a_taker_served_as_its_time_runs_out_gets_its_gradient(watch):
     assert rows_of(taker.result()) == {1: 2}
 
 
+def test_a_taker_cancelled_as_its_time_runs_out_is_told_so(watch):
+    acc = takers.accumulator()
+    taker = watch.take(acc, 1)
+    watch.late.append(taker.waiter.wake.__self__)
+    acc.close()
+    with pytest.raises(jaxaccum.CancelledError, match="TakeGrad operation was cancelled"):
+        taker.result()
+
+
 # Closing.
 
 
