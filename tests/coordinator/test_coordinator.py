@@ -15,7 +15,7 @@ import pytest
 import takers
 
 import jaxaccum
-from jaxaccum._coordinator import host_gradient
+from jaxaccum._coordinator import host_gradient, placement
 from jaxaccum._tensorflow import registry
 
 
@@ -539,7 +539,8 @@ def test_values_may_be_sharded(spec):
 @pytest.fixture
 def accelerator(monkeypatch):
     """Lets every device count as one whose memory the host cannot see."""
-    monkeypatch.setattr(host_gradient, "is_in_host_memory", lambda array: False)
+    for module in (host_gradient, placement):
+        monkeypatch.setattr(module, "is_in_host_memory", lambda array: False)
 
 
 def on_device(indices, values):
@@ -565,6 +566,7 @@ def test_padding_of_our_slices_on_an_accelerator():
         assert rows_of(acc.take_grad(1)) == {5: 1}
 
 
+@pytest.mark.usefixtures("accelerator")
 @pytest.mark.parametrize("axis_type", list(jax.sharding.AxisType)[:2])
 def test_it_works_under_any_mesh(axis_type):
     """A mesh of other devices than its own, set before it is made, or after."""
