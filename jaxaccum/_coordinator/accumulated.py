@@ -43,7 +43,10 @@ class Taken:
 
 
 class Accumulated(Protocol):
-    """Gradients added up somewhere. Its owner holds a lock, but for `read` and `deliver`.
+    """Gradients added up somewhere.
+
+    Its owner holds a lock, outside jit and whatever mesh its caller has set, but for `read`,
+    `deliver` and what `prepare` returns: where these use devices, see `outside_jit`.
 
     Each of `add`, `take` and `load` is done whole or not at all, whatever is raised in it, and
     changes ``counts`` together with the rest.
