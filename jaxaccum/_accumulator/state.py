@@ -13,9 +13,9 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxaccum._accumulator.row_index import DirectMap, HashTable
-from jaxaccum._rows.indexed_slices import canonical_shape, padding_index
 from jaxaccum._rows.public import public, pytree
-from jaxaccum._rows.unique_rows import sum_dtype
+from jaxaccum._rows.row_arithmetic import sum_dtype
+from jaxaccum._rows.shapes import canonical_shape, padding_index
 
 Reduction = Literal["mean_per_row", "mean_per_gradient", "sum"]
 

@@ -12,7 +12,8 @@ from jax.typing import ArrayLike
 from jaxaccum._accumulator.counters import saturating_add
 from jaxaccum._accumulator.reduction import reduce_sums
 from jaxaccum._accumulator.state import AccumulatorState, as_int32
-from jaxaccum._rows.indexed_slices import IndexedSlices, padding_index
+from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.shapes import padding_index
 
 
 def take(

@@ -20,7 +20,7 @@ from jaxaccum._coordinator.errors import InvalidArgumentError
 from jaxaccum._coordinator.placement import is_in_host_memory, outside_jit
 from jaxaccum._coordinator.spec import Shape, Spec, check_shape
 from jaxaccum._coordinator.staging import SMALL, count_bytes, pad, round_up
-from jaxaccum._rows.indexed_slices import UNKNOWN_ROWS_PADDING
+from jaxaccum._rows.shapes import UNKNOWN_ROWS_PADDING
 
 _INT32 = np.dtype(np.int32)
 _UINT64 = np.dtype(np.uint64)

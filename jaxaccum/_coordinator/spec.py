@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from jaxaccum._accumulator.state import Reduction, init
 from jaxaccum._coordinator.errors import InvalidArgumentError
-from jaxaccum._rows.indexed_slices import UNKNOWN_ROWS_PADDING, padding_index
+from jaxaccum._rows.shapes import UNKNOWN_ROWS_PADDING, padding_index
 
 Shape = tuple[int | None, ...]
 _REDUCTIONS: dict[str, Reduction] = {

@@ -15,7 +15,8 @@ from jaxaccum._accumulator.row_index import NOWHERE
 from jaxaccum._accumulator.state import AccumulatorState, Verdict
 from jaxaccum._accumulator.take import as_required, is_enough, take_if
 from jaxaccum._distributed.exchange import AxisName, Exchange, Union, exchange_union
-from jaxaccum._rows.indexed_slices import IndexedSlices, padding_index
+from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.shapes import padding_index
 
 
 def all_merge(

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxaccum._accumulator.state import AccumulatorState, Reduction, init
 from jaxaccum._distributed.exchange import AxisName
-from jaxaccum._rows.indexed_slices import canonical_shape
+from jaxaccum._rows.shapes import canonical_shape
 from jaxaccum._rows.tables import KeyPath, Tables, select_tables
 from jaxaccum._rows.tree import PyTree
 

@@ -28,9 +28,11 @@ from jaxaccum._distributed.exchange import (
     axis_size,
     distinct_ids,
 )
-from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices, padding_index
+from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
 from jaxaccum._rows.prefix_sums import count_before
-from jaxaccum._rows.unique_rows import expand_to_rows, unique_rows
+from jaxaccum._rows.row_arithmetic import expand_to_rows
+from jaxaccum._rows.shapes import padding_index
+from jaxaccum._rows.unique_rows import unique_rows
 
 
 def all_apply(

@@ -18,19 +18,14 @@ from jaxaccum._accumulator.state import init as init_sums
 from jaxaccum._accumulator.take import take_if
 from jaxaccum._optimizers.lazy_rows import LazyUpdate, flatten_like, lazy_rows
 from jaxaccum._optimizers.optax_import import import_optax
-from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.indexed_slices import IndexedSlices, as_slices, check_indices
 from jaxaccum._rows.on_mesh import match_rows
 from jaxaccum._rows.opaque import UniqueRows, fit_updates
 from jaxaccum._rows.public import public, pytree
+from jaxaccum._rows.row_arithmetic import promote_dtypes, sum_dtype
 from jaxaccum._rows.tables import select_tables
 from jaxaccum._rows.tree import PyTree
-from jaxaccum._rows.unique_rows import (
-    as_slices,
-    check_indices,
-    is_slices,
-    promote_dtypes,
-    sum_dtype,
-)
+from jaxaccum._rows.unique_rows import is_slices
 
 if TYPE_CHECKING:
     import optax  # type: ignore[import-untyped]

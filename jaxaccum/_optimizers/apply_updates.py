@@ -7,11 +7,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxaccum._rows.indexed_slices import as_device_slices
+from jaxaccum._rows.indexed_slices import add_update, as_device_slices, is_invalid
 from jaxaccum._rows.opaque import UniqueRows
-from jaxaccum._rows.table_update import add_to_table
+from jaxaccum._rows.row_arithmetic import promote_dtypes
 from jaxaccum._rows.tree import PyTree
-from jaxaccum._rows.unique_rows import is_invalid, is_slices, promote_dtypes
+from jaxaccum._rows.unique_rows import is_slices
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
@@ -84,6 +84,6 @@ def _add(param: Any, update: Any, name: str) -> Any:
     if isinstance(update, UniqueRows):
         update = update.slices
     if is_slices(update):
-        return add_to_table(param, update, name)
+        return add_update(param, update, name)
     wide = promote_dtypes(param.dtype, update.dtype)
     return (param.astype(wide) + update.astype(wide)).astype(param.dtype)

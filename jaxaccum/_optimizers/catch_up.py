@@ -32,8 +32,8 @@ from jax.typing import ArrayLike
 from jaxaccum._optimizers.state_layout import RowLayout
 from jaxaccum._optimizers.trial import Trial, agree, run_now
 from jaxaccum._rows.public import named_tuple, public
+from jaxaccum._rows.row_arithmetic import expand_to_rows
 from jaxaccum._rows.tree import PyTree
-from jaxaccum._rows.unique_rows import expand_to_rows
 
 # Below this the quotient of differences loses more to rounding than its limit is off.
 _NEARLY_EQUAL = 1e-5

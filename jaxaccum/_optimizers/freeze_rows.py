@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum._optimizers.optax_import import import_optax
-from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.indexed_slices import IndexedSlices, as_slices
 from jaxaccum._rows.tree import PyTree
-from jaxaccum._rows.unique_rows import as_slices, is_slices
+from jaxaccum._rows.unique_rows import is_slices
 
 if TYPE_CHECKING:
     import optax  # type: ignore[import-untyped]

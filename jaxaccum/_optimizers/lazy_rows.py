@@ -22,18 +22,12 @@ from jaxaccum._optimizers.catch_up import (
 from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._optimizers.state_layout import RowLayout, row_layout, struct, struct_of
 from jaxaccum._optimizers.trial import TrialFailedError, check_row_separable
-from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.indexed_slices import IndexedSlices, fit_to_table
 from jaxaccum._rows.opaque import UniqueRows, fit_updates
+from jaxaccum._rows.row_arithmetic import gather_rows, scatter_rows
 from jaxaccum._rows.row_major import warn_if_copied
 from jaxaccum._rows.tree import PyTree
-from jaxaccum._rows.unique_rows import (
-    fit_to_table,
-    gather_rows,
-    is_slices,
-    scatter_rows,
-    unique_rows,
-    zero_padding,
-)
+from jaxaccum._rows.unique_rows import is_slices, unique_rows, zero_padding
 
 if TYPE_CHECKING:
     import optax  # type: ignore[import-untyped]

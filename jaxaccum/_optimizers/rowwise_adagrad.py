@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._rows.public import named_tuple, public
+from jaxaccum._rows.row_arithmetic import expand_to_rows
 from jaxaccum._rows.tree import PyTree
-from jaxaccum._rows.unique_rows import expand_to_rows
 
 if TYPE_CHECKING:
     import optax  # type: ignore[import-untyped]

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import operator
 import sys
-from typing import Any, cast
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental import sparse
+from jax.experimental import checkify, sparse
 from jax.typing import ArrayLike
 
+from jaxaccum._rows.on_mesh import unshard
 from jaxaccum._rows.public import public, pytree
+from jaxaccum._rows.row_arithmetic import add_to_table
+from jaxaccum._rows.shapes import canonical_shape, check_host_indices, padding_index
 from jaxaccum._rows.strangers import refuse_strangers
-
-# No row has this index: the padding of gradients whose row count is unknown.
-UNKNOWN_ROWS_PADDING = 2**31 - 1
 
 
 @public
@@ -117,10 +115,7 @@ class IndexedSlices:
             return self
         if not isinstance(other, jax.Array | np.ndarray):
             return NotImplemented
-        # Adding rows stands on this class, so it is looked up when it is used.
-        arithmetic = importlib.import_module("jaxaccum._rows.table_update")
-        name = f"an update of shape {self.dense_shape}"
-        return arithmetic.add_to_table(jnp.asarray(other), self, name)
+        return add_update(jnp.asarray(other), self, f"an update of shape {self.dense_shape}")
 
     __radd__ = __add__
 
@@ -247,40 +242,6 @@ def _with_padding(slices: IndexedSlices, shape: Any) -> jax.Array:
     return jnp.where(indices == slices.padding_index, padding, indices)
 
 
-def canonical_shape(dense_shape: tuple[int | None, ...]) -> tuple[int | None, ...]:
-    """Returns ``dense_shape`` as a tuple of ints whose first entry may be ``None``."""
-    try:
-        rows, *row = dense_shape
-        shape = (
-            None if rows is None else operator.index(rows),
-            *(operator.index(d) for d in cast("list[int]", row)),
-        )
-    except (TypeError, ValueError):
-        raise ValueError(
-            f"dense_shape must be (rows, *row) of ints, rows None if unknown, got {dense_shape!r}"
-        ) from None
-    if any(d is not None and not 0 <= d <= UNKNOWN_ROWS_PADDING for d in shape):
-        raise ValueError(f"dense_shape must lie within 0 and 2**31 - 1, got {dense_shape!r}")
-    return shape
-
-
-def padding_index(dense_shape: tuple[int | None, ...] | None) -> int:
-    """Returns the index that marks padding in a gradient of ``dense_shape``."""
-    rows = dense_shape[0] if dense_shape else None
-    return UNKNOWN_ROWS_PADDING if rows is None else rows
-
-
-def check_host_indices(indices: object) -> None:
-    """Raises ``ValueError`` if NumPy ``indices`` hold an entry that int32 cannot."""
-    if isinstance(indices, np.ndarray) and indices.dtype.kind in "iu" and indices.size:
-        low, high = indices.min(), indices.max()
-        if low < -(2**31) or high >= 2**31:
-            raise ValueError(
-                f"indices must fit int32, got entries from {low} to {high}; map 64-bit ids "
-                "to table rows (or hash them to 31 bits) before they reach jaxaccum"
-            )
-
-
 def as_device_slices(grad: IndexedSlices) -> IndexedSlices:
     """Returns ``grad`` with array leaves, checked for what is wrong whatever it is used for.
 
@@ -318,3 +279,77 @@ def _as_array(leaf: ArrayLike) -> jax.Array:
     host = np.asarray(leaf)
     check_host_indices(host)
     return jnp.asarray(host)
+
+
+def as_slices(slices: IndexedSlices, name: str) -> IndexedSlices:
+    """Returns ``slices`` with array leaves, checked; ``name`` says in errors which leaf it is."""
+    try:
+        return as_device_slices(slices)
+    except TypeError as err:
+        raise TypeError(
+            f"{name} has lost its row numbers ({err}): wrap every transform that sees the sparse "
+            "leaf in lazy_rows"
+        ) from err
+
+
+def fit_to_table(
+    slices: IndexedSlices, table_shape: tuple[int | None, ...] | None, name: str
+) -> IndexedSlices:
+    """Returns ``slices`` with the shape of the table, and int32 indices that are rows or padding.
+
+    An index that is neither raises here if it can be read, that is outside ``jit``. Inside, the
+    slice becomes padding: ``checkify`` reports it, and `count_invalid` counts it. Values stay as
+    they are, those of padding too.
+
+    Raises:
+      TypeError: ``slices`` does not hold integer indices.
+      ValueError: the row shape or row count differs from the table's, or an index is invalid.
+    """
+    slices = as_slices(slices, name)
+    if table_shape is None or table_shape[0] is None:
+        raise ValueError(
+            f"params must be given where the row count is unknown, got {name} of shape "
+            f"{table_shape}"
+        )
+    if slices.values.shape[1:] != table_shape[1:]:
+        raise ValueError(
+            f"{name} has rows of shape {slices.values.shape[1:]}, its table {table_shape[1:]}"
+        )
+    if slices.num_rows not in (None, table_shape[0]):
+        raise ValueError(f"{name} has {slices.num_rows} rows, its table {table_shape[0]}")
+    rows = table_shape[0]
+    check_indices(slices, rows, name)
+    indices, values = unshard(slices.indices), unshard(slices.values)
+    is_row = (indices >= 0) & (indices < rows)
+    return IndexedSlices(jnp.where(is_row, indices, rows).astype(jnp.int32), values, table_shape)
+
+
+def is_invalid(slices: IndexedSlices, rows: int) -> jax.Array:
+    """Which slices are neither padding nor a row of a table of ``rows`` rows: bool ``[n]``."""
+    is_row = (slices.indices >= 0) & (slices.indices < rows)
+    return ~is_row & (slices.indices != slices.padding_index)
+
+
+def check_indices(slices: IndexedSlices, rows: int, name: str) -> None:
+    """Raises ``ValueError`` outside ``jit``, and tells ``checkify`` inside, of invalid indices."""
+    wrong = is_invalid(slices, rows)
+    if isinstance(wrong, jax.core.Tracer):
+        checkify.debug_check(~jnp.any(wrong), f"{name} has an index outside of its {rows} rows")
+        return
+    if np.any(wrong):
+        ids = np.unique(np.asarray(slices.indices)[np.asarray(wrong)]).tolist()
+        shown = ", ".join(map(str, ids[:5])) + (", ..." if len(ids) > 5 else "")
+        raise ValueError(
+            f"{name} has indices outside of its table of {rows} rows: {shown}; rows are "
+            f"0..{rows - 1} and {slices.padding_index} is padding"
+        )
+
+
+def add_update(table: jax.Array, update: IndexedSlices, name: str) -> jax.Array:
+    """Returns ``table`` with the rows of ``update`` added, in place where it is donated.
+
+    Raises:
+      ValueError: ``update``, called ``name``, does not fit, or has invalid indices (outside jit).
+    """
+    update = fit_to_table(update, table.shape, name)
+    return add_to_table(table, update.indices, update.values)

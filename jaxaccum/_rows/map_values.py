@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._rows.indexed_slices import IndexedSlices
-from jaxaccum._rows.unique_rows import is_slices, promote_dtypes, sum_dtype, sum_duplicates
+from jaxaccum._rows.row_arithmetic import promote_dtypes, sum_dtype
+from jaxaccum._rows.unique_rows import is_slices, sum_duplicates
 
 
 def map_values(fun: Callable[[jax.Array], Any], tree: Any) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 from jax.experimental import checkify, sparse
 from jax.typing import ArrayLike
 
-from jaxaccum._rows.indexed_slices import check_host_indices
+from jaxaccum._rows.shapes import check_host_indices
 from jaxaccum._sparse_ops import keys, places
 from jaxaccum._sparse_ops.bounds import Start
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxaccum._coordinator.arguments import as_text
 from jaxaccum._coordinator.errors import InvalidArgumentError
-from jaxaccum._rows.indexed_slices import check_host_indices
+from jaxaccum._rows.shapes import check_host_indices
 
 
 def integers(name: str, value: Any) -> None:

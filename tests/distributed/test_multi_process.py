@@ -12,6 +12,7 @@ import time
 import multi_process_worker as worker
 import numpy as np
 import pytest
+from breadth import in_breadth
 
 import jaxaccum
 
@@ -87,14 +88,14 @@ def check_results(folder, number):
     assert np.array_equal(np.concatenate(shards), table)
 
 
-@pytest.mark.parametrize("number", [2, 4])
+@pytest.mark.parametrize("number", in_breadth([2, 4], [2]))
 def test_processes_train_as_one_device(tmp_path, number):
     with processes(tmp_path, number) as started:
         assert exit_codes(started, 120) == [0] * number, logs(tmp_path, number)
     check_results(tmp_path, number)
 
 
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", in_breadth([0, 1], [0]))
 def test_a_death_ends_the_others_and_a_restart_goes_on(tmp_path, victim):
     """The death comes between a take and the next, in mid-accumulation."""
     with processes(tmp_path, 2, **{f"rank_{victim}": {"dies_at": 3}}) as started:

@@ -108,6 +108,7 @@ def test_loss_equals_complex_arithmetic():
     np.testing.assert_allclose(model.loss(rows, 0.01), np.mean(expected), rtol=1e-5)
 
 
+@pytest.mark.full
 def test_sparse_gradient_equals_that_of_whole_tables():
     params = random_tables(model.Tables(30, 6), dims=4)
     triples = jnp.asarray(np.random.default_rng(1).integers(0, 6, (12, 3)), jnp.int32)
@@ -169,6 +170,7 @@ def test_training_learns_the_ring(run, tmp_path, capsys):
     assert re.search(r"[0-9]+ MB peak memory", printed)
 
 
+@pytest.mark.full
 def test_dense_training_agrees(run, trained, tmp_path):
     assert run(tmp_path, "--epochs=3", "--dense") == 0
     ours, dense = arrays(trained / "embeddings.npz"), arrays(tmp_path / "embeddings.npz")
@@ -176,7 +178,7 @@ def test_dense_training_agrees(run, trained, tmp_path):
         np.testing.assert_allclose(ours[name], dense[name], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [(), ("--dense",)])
+@pytest.mark.parametrize("options", [(), pytest.param(("--dense",), marks=pytest.mark.full)])
 def test_resume_is_bit_identical(run, tmp_path, options):
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert run(whole, "--epochs=2", *options) == 0
@@ -185,6 +187,7 @@ def test_resume_is_bit_identical(run, tmp_path, options):
     assert_same_checkpoint(whole, parts)
 
 
+@pytest.mark.full
 def test_interrupted_within_an_epoch_and_resumed(run, trained, tmp_path, monkeypatch, capsys):
     end_chunk = example.end_chunk
 
@@ -235,6 +238,7 @@ def test_nearest_synsets_are_printed_with_their_relation(run, trained, data, cap
     assert {row[2] for row in rows} == {"", *names}
 
 
+@pytest.mark.full
 def test_each_micro_batch_draws_its_own_negatives(data):
     _, args = example.parse([*SHORT, "--learning-rate=0"])
     state = example.init_state(jax.random.key(0), model.load_graph(data), args)
@@ -342,6 +346,7 @@ def test_bad_options(option, run, tmp_path, monkeypatch, capsys):
     assert_one_line(error, capsys, BAD_OPTIONS[option])
 
 
+@pytest.mark.full
 def test_checkpoints_that_do_not_fit(run, trained, tmp_path, capsys):
     (tmp_path / "checkpoint.npz").write_bytes((trained / "checkpoint.npz").read_bytes())
     with pytest.raises(SystemExit) as error:
@@ -353,6 +358,7 @@ def test_checkpoints_that_do_not_fit(run, trained, tmp_path, capsys):
     assert_one_line(error, capsys, "checkpoint.npz is damaged")
 
 
+@pytest.mark.full
 def test_a_loss_gone_astray_is_said(run, tmp_path, capsys):
     with pytest.raises(SystemExit) as error:
         run(tmp_path, "--init-scale=2e9", "--n3=2e9")

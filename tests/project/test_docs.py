@@ -9,8 +9,18 @@ ROOT = pathlib.Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
+# Pages that compile for many seconds: each shows whole training loops.
+LONG = {"distributed.md", "lazy_optimizers.md", "training_loops.md"}
+
+
 @pytest.mark.usefixtures("as_it_comes")
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "page",
+    [
+        pytest.param(page, id=page.name, marks=[pytest.mark.full] if page.name in LONG else [])
+        for page in PAGES
+    ],
+)
 def test_python_of_the_page_runs(page, tmp_path, monkeypatch):
     blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
     monkeypatch.chdir(tmp_path)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import jaxaccum
-from jaxaccum._rows.unique_rows import _add_in_order, _add_where_they_lie
+from jaxaccum._rows.row_arithmetic import _add_in_order, _add_where_they_lie
 
 ROWS = 6
 
