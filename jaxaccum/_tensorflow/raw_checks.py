@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxaccum._coordinator.arguments import brackets
+from jaxaccum._coordinator.arguments import as_text
 from jaxaccum._coordinator.errors import InvalidArgumentError
 from jaxaccum._rows.shapes import check_host_indices
 
@@ -38,12 +38,12 @@ def add(a_ids: Any, a_vals: Any, a_shape: Any, b_ids: Any, b_vals: Any, b_shape:
     (sa, sb), (st,) = _shapes(a_shape, b_shape), _shapes(thresh)
     _require(
         len(ai) == len(bi) == 2,
-        f"Input indices should be matrices but received shapes: {brackets(ai)} and {brackets(bi)}",
+        f"Input indices should be matrices but received shapes: {as_text(ai)} and {as_text(bi)}",
     )
     _require(ai[1] == bi[1], f"Input indices must have the same dimension, got {ai[1]} and {bi[1]}")
     _require(
         len(av) == len(bv) == 1,
-        f"Input values should be vectors but received shapes: {brackets(av)} and {brackets(bv)}",
+        f"Input values should be vectors but received shapes: {as_text(av)} and {as_text(bv)}",
     )
     _require(
         av[0] == ai[0] and bv[0] == bi[0],
@@ -51,7 +51,7 @@ def add(a_ids: Any, a_vals: Any, a_shape: Any, b_ids: Any, b_vals: Any, b_shape:
     )
     _require(
         len(sa) == len(sb) == 1,
-        f"Input shapes should be a vector but received shapes {brackets(sa)} and {brackets(sb)}",
+        f"Input shapes should be a vector but received shapes {as_text(sa)} and {as_text(sb)}",
     )
     _require(
         ai[1] == sa[0],
@@ -66,7 +66,7 @@ def add(a_ids: Any, a_vals: Any, a_shape: Any, b_ids: Any, b_vals: Any, b_shape:
     )
     for i, (a, b) in enumerate(zip(a_dims, b_dims, strict=True)):
         _require(a == b, f"Operands' shapes do not match: got {a} and {b} for dimension {i}")
-    _require(st == (), f"The magnitude threshold must be a scalar: got shape {brackets(st)}")
+    _require(st == (), f"The magnitude threshold must be a scalar: got shape {as_text(st)}")
 
 
 def add_grad(grad: Any, a_indices: Any, b_indices: Any, sum_indices: Any) -> None:
@@ -75,7 +75,7 @@ def add_grad(grad: Any, a_indices: Any, b_indices: Any, sum_indices: Any) -> Non
     _require(
         len(a) == len(b) == len(s) == 2,
         "Input indices should be matrices but received shapes: "
-        f"{brackets(a)} and {brackets(b)} and {brackets(s)}",
+        f"{as_text(a)} and {as_text(b)} and {as_text(s)}",
     )
     _vector("backprop_val_grad", g)
     # TensorFlow runs the three numbers together.
@@ -97,8 +97,8 @@ def slice_(indices: Any, values: Any, shape: Any, start: Any, size: Any) -> None
         i[0] == v[0], f"Number of elements in indices ({i[0]}) and values ({v[0]}) do not match"
     )
     _require(i[1] == d[0], f"Index rank ({i[1]}) and shape rank ({d[0]}) do not match")
-    _require(len(st) == 1, f"Input start should be a vector but received shape {brackets(st)}")
-    _require(len(sz) == 1, f"Input size should be a vector but received shape {brackets(sz)}")
+    _require(len(st) == 1, f"Input start should be a vector but received shape {as_text(st)}")
+    _require(len(sz) == 1, f"Input size should be a vector but received shape {as_text(sz)}")
     for name, bound in (("start", st), ("size", sz)):
         _require(
             bound == d, f"Expected {name} to be a vector of length {d[0]} but got length {bound[0]}"
@@ -122,7 +122,7 @@ def slice_grad(grad: Any, input_indices: Any, input_start: Any, output_indices: 
     _require(
         len(i) == len(o) == 2,
         "Input and output indices should be matrices but received shapes: "
-        f"{brackets(i)} and {brackets(o)}",
+        f"{as_text(i)} and {as_text(o)}",
     )
     _vector("backprop_val_grad", g)
     _require(
@@ -134,7 +134,7 @@ def slice_grad(grad: Any, input_indices: Any, input_start: Any, output_indices: 
         f"got {o[0]} and {i[0]}",
     )
     _same_count("output_indices", g, o)
-    _require(len(st) == 1, f"The input_start should be a vector but received shape {brackets(st)}")
+    _require(len(st) == 1, f"The input_start should be a vector but received shape {as_text(st)}")
     _require(
         st[0] == i[1],
         f"Expected input_start to be a vector of length {i[1]} but got length {st[0]}",
@@ -151,7 +151,7 @@ def _shapes(*arrays: Any) -> list[tuple[int, ...]]:
 
 def _vector(name: str, shape: tuple[int, ...]) -> None:
     _require(
-        len(shape) == 1, f"Input {name} should be a vector but received shape: {brackets(shape)}"
+        len(shape) == 1, f"Input {name} should be a vector but received shape: {as_text(shape)}"
     )
 
 
