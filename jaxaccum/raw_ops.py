@@ -25,6 +25,20 @@ from jaxaccum._tensorflow.sparse_gradient import SparseGradient, as_tuple
 
 # ruff: noqa: N802  (TensorFlow's names)
 
+__all__ = [
+    "AccumulatorNumAccumulated",
+    "AccumulatorSetGlobalStep",
+    "AddGrads",
+    "SparseAccumulatorApplyGradient",
+    "SparseAccumulatorTakeGradient",
+    "SparseAdd",
+    "SparseAddGrad",
+    "SparsePart",
+    "SparseSlice",
+    "SparseSliceGrad",
+    "SparseSum",
+]
+
 _Handle = SparseConditionalAccumulator | Coordinator
 _Array = checks.Array
 

@@ -17,13 +17,16 @@ class Counts:
     Attributes:
       global_step: gradients of an earlier step are stale.
       num_accumulated: gradients added since the last take.
-      num_accepted, num_taken: gradients added, and takes, since the beginning.
+      accepted, stale, invalid, taken: gradients added, dropped and refused, and takes, since the
+        beginning. Whoever holds the lock counts the stale and the invalid.
     """
 
     global_step: int = 0
     num_accumulated: int = 0
-    num_accepted: int = 0
-    num_taken: int = 0
+    accepted: int = 0
+    stale: int = 0
+    invalid: int = 0
+    taken: int = 0
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -40,7 +43,10 @@ class Taken:
 
 
 class Accumulated(Protocol):
-    """Gradients added up somewhere. Its owner holds a lock, but for `read` and `deliver`.
+    """Gradients added up somewhere.
+
+    Its owner holds a lock, outside jit and whatever mesh its caller has set, but for `read`,
+    `deliver` and what `prepare` returns: where these use devices, see `outside_jit`.
 
     Each of `add`, `take` and `load` is done whole or not at all, whatever is raised in it, and
     changes ``counts`` together with the rest.
@@ -54,7 +60,7 @@ class Accumulated(Protocol):
     read: Callable[..., Any]
 
     def prepare(self, gradient: Any, will_take: bool) -> Callable[[], object] | None:
-        """Makes room for a gradient, if there is one, and checks that it fits.
+        """Sees to the capacity for a gradient, if there is one, and checks that it fits.
 
         Returns:
           What has to be compiled before it is added (and then all is taken, if ``will_take``), to
@@ -77,7 +83,7 @@ class Accumulated(Protocol):
         """Returns what is accumulated, as arrays of their own."""
 
     def load(self, saved: Mapping[str, Any]) -> None:
-        """Puts what `save` returned in place of what is accumulated."""
+        """Replaces what is accumulated by what `save` returned."""
 
     def clear(self) -> None:
         """Frees the memory."""

@@ -12,7 +12,7 @@ import numpy as np
 from jaxaccum._coordinator.errors import InvalidArgumentError
 
 
-def brackets(shape: Iterable[int]) -> str:
+def as_text(shape: Iterable[int]) -> str:
     """Returns ``shape`` as TensorFlow prints it."""
     return f"[{','.join(map(str, shape))}]"
 
@@ -56,6 +56,6 @@ def _scalar(value: Any, name: str) -> np.ndarray:
     host = np.asarray(value)
     if host.ndim != 0:
         raise InvalidArgumentError(
-            f"Argument {name} must be scalar, but had bad shape {brackets(host.shape)}"
+            f"Argument {name} must be scalar, but had bad shape {as_text(host.shape)}"
         )
     return host

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import dataclasses
 import logging
 import math
 import threading
@@ -25,13 +26,14 @@ import numpy as np
 from jaxaccum._coordinator.accumulated import Accumulated, Taken
 from jaxaccum._coordinator.arguments import as_required, as_step, as_timeout
 from jaxaccum._coordinator.errors import CancelledError, DeadlineExceededError, InvalidArgumentError
-from jaxaccum._coordinator.placement import outside_mesh
+from jaxaccum._coordinator.placement import outside_jit
 from jaxaccum._coordinator.spec import Spec
 
 logger = logging.getLogger("jaxaccum")
 _Result = TypeVar("_Result")
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class Waiter:
     """Somebody in the queue.
 
@@ -39,18 +41,13 @@ class Waiter:
       num_required: gradients waited for.
       wake: called when there is an outcome, perhaps repeatedly, by any thread; returns False where
         the waiter can no longer be woken.
-      outcome: a list of one: ``None`` while waiting, then what was taken or an exception. Written
-        under the lock.
-      is_queued: whether the waiter has entered the queue.
+      outcome: a list of one, written under the lock: ``None`` while waiting, then what was taken
+        or an exception; empty once that has gone to another.
     """
 
-    __slots__ = ("is_queued", "num_required", "outcome", "wake")
-
-    def __init__(self, num_required: int, wake: Callable[[], object]) -> None:
-        self.num_required = num_required
-        self.wake = wake
-        self.outcome: list[Taken | Exception | None] = [None]
-        self.is_queued = False
+    num_required: int
+    wake: Callable[[], object]
+    outcome: list[Any] = dataclasses.field(default_factory=lambda: [None])
 
 
 class Coordinator:
@@ -75,10 +72,8 @@ class Coordinator:
         self._lock = threading.RLock()
         self._is_busy = False
         self._queue: collections.deque[Waiter] = collections.deque()
-        # Outcomes whose takers went away before they had seen them, for those who come next.
-        self._unclaimed: collections.deque[Waiter] = collections.deque()
-        self._num_stale = 0
-        self._num_invalid = 0
+        # Whose takers went away before they had seen it: for those who come next.
+        self._unclaimed: collections.deque[Taken] = collections.deque()
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         """Refuses to be pickled or copied, and says what to do instead."""
@@ -88,26 +83,21 @@ class Coordinator:
             "elsewhere make a new one and load what state_dict() returns"
         )
 
-    @outside_mesh
     def apply(self, local_step: Any, *gradient: Any) -> bool:
         """Adds a gradient; returns whether it was accepted rather than stale."""
-        local_step, read, counts = as_step(local_step, "local_step"), None, self._counts
+        local_step, read = as_step(local_step, "local_step"), None
         try:
-            while True:
-                if read is None and local_step >= counts.global_step:
-                    # Outside the lock, for it may copy much. It reads nothing that changes.
-                    read = self._accumulated.read(*gradient)
-                outcome = self._locked(self._add, read, local_step)
-                if outcome is True or outcome is False:
-                    return outcome
-                if outcome is not None:
-                    outcome()
+            if local_step >= self._counts.global_step:  # else it is stale, and not looked at
+                # Outside the lock, for it may copy much. It reads nothing that changes.
+                read = self._accumulated.read(*gradient)
+            while callable(outcome := self._locked(self._add, read, local_step)):
+                outcome()
+            return outcome
         except InvalidArgumentError:
             with self._lock:
-                self._num_invalid += 1
+                self._counts.invalid += 1
             raise
 
-    @outside_mesh
     def take(self, num_required: Any, timeout: float | None, *, trim: bool) -> Any:
         """Waits for ``num_required`` gradients and takes all there are."""
         timeout, event = as_timeout(timeout), threading.Event()
@@ -115,10 +105,10 @@ class Coordinator:
         try:
             self._enqueue(waiter)
             if not _wait(event, timeout):
-                self._locked(self._expire, waiter)
+                self._locked(self._expire, waiter, even_closed=True)
             return self._collect(waiter, trim=trim)
         except BaseException:
-            self._leave(waiter)
+            self._locked(self._forget, waiter, even_closed=True)
             raise
 
     async def take_async(self, num_required: Any, timeout: float | None, *, trim: bool) -> Any:
@@ -139,15 +129,15 @@ class Coordinator:
             try:
                 await asyncio.wait_for(event.wait(), timeout)
             except TimeoutError:
-                self._locked(self._expire, waiter)
+                self._locked(self._expire, waiter, even_closed=True)
             return await asyncio.to_thread(self._collect, waiter, trim=trim)
         except BaseException:
-            self._leave(waiter)
+            self._locked(self._forget, waiter, even_closed=True)
             raise
 
     def num_accumulated(self) -> int:
         """Returns how many gradients were accepted since the last take."""
-        return self._locked(self._if_open, lambda: self._counts.num_accumulated)
+        return self._locked(lambda: self._counts.num_accumulated)
 
     def set_global_step(self, new_global_step: Any) -> None:
         """Sets the step; what is accumulated stays and counts."""
@@ -157,7 +147,7 @@ class Coordinator:
             old, self._counts.global_step = self._counts.global_step, new
             return old
 
-        old = self._locked(self._if_open, exchange)
+        old = self._locked(exchange)
         if new < old:
             logger.warning(
                 "Attempt to set current_global_step_ to smaller value: "
@@ -166,33 +156,22 @@ class Coordinator:
                 new,
             )
 
-    @outside_mesh
     def statistics(self) -> dict[str, Any]:
         """Returns counts since the beginning, and what is held now."""
 
         def count() -> dict[str, Any]:
-            return {
-                "accepted": self._counts.num_accepted,
-                "stale": self._num_stale,
-                "invalid": self._num_invalid,
-                "taken": self._counts.num_taken,
-                "waiting": len(self._queue),
-                "unclaimed": len(self._unclaimed),
-                "num_accumulated": self._counts.num_accumulated,
-                "global_step": self._counts.global_step,
-            } | self._accumulated.statistics()
+            waiting = {"waiting": len(self._queue), "unclaimed": len(self._unclaimed)}
+            return dataclasses.asdict(self._counts) | waiting | self._accumulated.statistics()
 
-        return self._locked(self._if_open, count)
+        return self._locked(count)
 
-    @outside_mesh
     def state_dict(self) -> dict[str, np.ndarray]:
         """Returns what is accumulated."""
-        return self._locked(self._if_open, self._accumulated.save)
+        return self._locked(self._accumulated.save)
 
-    @outside_mesh
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
         """Replaces what is accumulated."""
-        self._locked(self._if_open, lambda: self._accumulated.load(saved))
+        self._locked(self._accumulated.load, saved)
 
     def close(self) -> None:
         """Cancels all who wait and frees the state.
@@ -215,7 +194,10 @@ class Coordinator:
             finally:
                 self._is_busy = False
 
-    def _locked(self, act: Callable[..., _Result], *args: Any) -> _Result:
+    @outside_jit
+    def _locked(
+        self, act: Callable[..., _Result], *args: Any, even_closed: bool = False
+    ) -> _Result:
         """Calls ``act`` under the lock, alone, and serves whom it has made ready.
 
         Between the lock and ``_is_busy``, and between that and what is done last, nothing is
@@ -232,6 +214,8 @@ class Coordinator:
             self._is_busy = True
             try:
                 try:
+                    if not even_closed:
+                        self._check_open()
                     return act(*args)
                 except BaseException:
                     self._close_if_lost()
@@ -248,25 +232,17 @@ class Coordinator:
         if self.is_closed:
             raise CancelledError(f"Attempted to use a closed accumulator: {self._name}")
 
-    def _if_open(self, act: Callable[[], _Result]) -> _Result:
-        self._check_open()
-        return act()
-
-    def _add(self, gradient: Any, local_step: int) -> bool | Callable[[], object] | None:
-        """Adds a gradient unless it is stale.
+    def _add(self, gradient: Any, local_step: int) -> bool | Callable[[], object]:
+        """Adds a gradient unless it is stale, as ``None`` is.
 
         Returns:
-          Whether it was accepted; or what has to be compiled first; or ``None`` where it has not
-          been read, for it was stale when last looked at.
+          Whether it was accepted; or what has to be compiled first.
         """
-        self._check_open()
         counts, queue = self._counts, self._queue
-        if local_step < counts.global_step:
-            self._num_stale += 1
+        if gradient is None or local_step < counts.global_step:
+            counts.stale += 1
             logger.debug("stale gradient: %d < %d", local_step, counts.global_step)
             return False
-        if gradient is None:
-            return None
         will_take = bool(queue) and queue[0].num_required <= counts.num_accumulated + 1
         compile_ahead = self._accumulated.prepare(gradient, will_take)
         if compile_ahead is None:
@@ -281,16 +257,13 @@ class Coordinator:
 
     def _append(self, waiter: Waiter) -> Callable[[], object] | None:
         """Puts a waiter at the end of the queue, or returns what has to be compiled first."""
-        self._check_open()
         if not self._queue and waiter.num_required <= self._counts.num_accumulated:
             compile_ahead = self._accumulated.prepare(None, True)
             if compile_ahead is not None:
                 return compile_ahead
-        waiter.is_queued = True
         self._queue.append(waiter)
         return None
 
-    @outside_mesh
     def _serve(self) -> None:
         """Serves the head of the queue, and who comes after, for as long as it can."""
         while self._queue and not self.is_closed:
@@ -304,15 +277,10 @@ class Coordinator:
 
     def _serve_head(self, head: Waiter) -> bool:
         """Gives ``head`` what nobody claimed, or all there is, if it is enough."""
-        while self._unclaimed:
-            (taken,) = self._unclaimed[0].outcome
-            if isinstance(taken, Taken):
-                if taken.num_accumulated < head.num_required:
-                    break
-                head.outcome, self._unclaimed[0].outcome = self._unclaimed[0].outcome, [None]
-            self._unclaimed.popleft()
-            if taken is not None:
-                return True
+        unclaimed = self._unclaimed
+        if unclaimed and unclaimed[0].num_accumulated >= head.num_required:
+            head.outcome[:] = map(collections.deque.popleft, (unclaimed,))
+            return True
         if self._counts.num_accumulated < head.num_required:
             return False
         try:
@@ -326,16 +294,17 @@ class Coordinator:
         """Wakes the head of the queue, which has its outcome, and lets it go."""
         if head.wake() is False:
             self._forget(head)
-        elif self._queue and self._queue[0] is head:
+        else:
             self._queue.popleft()
 
     def _forget(self, waiter: Waiter) -> None:
         """Takes a waiter out of the queue; what it has not collected is for the next."""
         if waiter in self._queue:
             self._queue.remove(waiter)
-        if isinstance(waiter.outcome[0], Taken) and not self.is_closed:
+        if waiter.outcome and isinstance(waiter.outcome[0], Taken) and not self.is_closed:
             logger.warning("a taker left without its gradient; the next one gets it")
-            self._unclaimed.append(waiter)
+            # Moved in C, as in `_serve_head`: no signal finds it with both, or with neither.
+            self._unclaimed.extend(map(waiter.outcome.pop, (0,)))
 
     def _close_if_lost(self) -> None:
         if not self.is_closed and self._accumulated.is_lost():
@@ -347,10 +316,6 @@ class Coordinator:
         if waiter.outcome[0] is None and not self.is_closed:
             self._forget(waiter)
             raise DeadlineExceededError("Timed out waiting for notification")
-
-    def _leave(self, waiter: Waiter) -> None:
-        if waiter.is_queued:
-            self._locked(self._forget, waiter)
 
     def _collect(self, waiter: Waiter, *, trim: bool) -> Any:
         """Returns what the waiter was served, waiting for the device outside the lock."""

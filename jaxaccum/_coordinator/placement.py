@@ -14,24 +14,25 @@ from jax.extend.core import get_opaque_trace_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxaccum._accumulator.state import AccumulatorState
-from jaxaccum._coordinator.staging import padded_size
+from jaxaccum._coordinator.staging import round_up
 
-_spec: Callable[..., PartitionSpec] = PartitionSpec  # jax leaves both untyped
+_partition: Callable[..., PartitionSpec] = PartitionSpec  # jax leaves both untyped
 _trace_state: Callable[[], object] = get_opaque_trace_state
 _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
 
 
-def outside_mesh(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
-    """Decorates what is to run as if the caller had set no mesh.
+def outside_jit(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
+    """Decorates what uses devices: it refuses to be traced, and runs as if no mesh were set.
 
     The arrays here have devices of their own, which need not be those of `jax.set_mesh`.
     """
 
     @functools.wraps(function)
     def call(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
-        # Also true inside jit, where the coordinator refuses to work in words of its own.
-        if jax.sharding.get_abstract_mesh().empty or is_traced():
+        if is_traced():
+            raise RuntimeError("an accumulator lives outside jit: use it in ordinary Python code")
+        if jax.sharding.get_abstract_mesh().empty:
             return function(*args, **kwargs)
         with jax.set_mesh(Mesh(np.empty((), object), ())):
             return function(*args, **kwargs)
@@ -54,13 +55,13 @@ def is_traced() -> bool:
 _OUTSIDE: list[object] = []
 
 
-def in_host_memory(array: jax.Array) -> bool:
+def is_in_host_memory(array: jax.Array) -> bool:
     """Whether NumPy can look at ``array`` without a transfer."""
     return next(iter(array.devices())).platform == "cpu"
 
 
 class Placement:
-    """Places states, gradients and results.
+    """Where states, gradients and results go.
 
     Args:
       device: a device; or a `NamedSharding` of the values, the rest being on each of its devices;
@@ -71,43 +72,42 @@ class Placement:
     """
 
     def __init__(self, device: jax.Device | NamedSharding | None) -> None:
-        self._is_default = device is None
+        is_default = device is None
         if device is None:
-            with jax.ensure_compile_time_eval():
-                (device,) = jnp.zeros((), jnp.int32).devices()
+            (device,) = jnp.zeros((), jnp.int32).devices()
         if isinstance(device, NamedSharding):
             # Explicit axes would ask every scatter for the sharding of its result.
             mesh = Mesh(device.mesh.devices, device.mesh.axis_names)
             self._values: Sharding = NamedSharding(mesh, device.spec)
-            self.gradients: Sharding = NamedSharding(mesh, _spec())
+            self.gradients: Sharding = NamedSharding(mesh, _partition())
+            # Of any number of rows, so they cannot be sharded along those.
+            values: Sharding = NamedSharding(mesh, _partition(None, *device.spec[1:]))
         elif isinstance(device, jax.Device):
-            self._values = self.gradients = SingleDeviceSharding(device)
+            self._values = self.gradients = values = SingleDeviceSharding(device)
         else:
             raise TypeError(f"device must be a device or a NamedSharding, got {device!r}")
+        self._results = (None, None) if is_default else (self.gradients, values)
 
     def place(self, state: AccumulatorState) -> AccumulatorState:
-        """Returns ``state`` in its place."""
+        """Moves ``state`` where it belongs."""
         placed = jax.device_put(state, self.gradients)
         return dataclasses.replace(placed, values=jax.device_put(state.values, self._values))
 
-    def indices(self, host: np.ndarray) -> jax.Array:
-        """Returns indices taken."""
-        return jax.device_put(host, None if self._is_default else self.gradients)
-
-    def values(self, host: np.ndarray) -> jax.Array:
-        """Returns values taken: any number of rows, so they cannot be sharded along those."""
-        if self._is_default:
-            return jax.device_put(host)
-        place = self._values
-        if isinstance(place, NamedSharding):
-            place = NamedSharding(place.mesh, _spec(None, *place.spec[1:]))
-        return jax.device_put(host, place)
+    def trim(
+        self, indices: jax.Array, values: jax.Array, num_rows: int
+    ) -> tuple[jax.Array, jax.Array]:
+        """Returns the first ``num_rows`` of what was taken."""
+        of_indices, of_values = self._results
+        return (
+            jax.device_put(_fetch(indices, num_rows), of_indices),
+            jax.device_put(_fetch(values, num_rows), of_values),
+        )
 
 
-def first_rows(array: jax.Array, num_rows: int) -> np.ndarray:
+def _fetch(array: jax.Array, num_rows: int) -> np.ndarray:
     """The first rows, in host memory: cut off on the device, each number would take a program."""
-    if not in_host_memory(array):
-        array = _cut(array, padded_size(num_rows, array.shape[0]))
+    if not is_in_host_memory(array):
+        array = _cut(array, round_up(num_rows, array.shape[0]))
     host = np.asarray(array)[:num_rows]
     # JAX reads host memory in place where it can. A few rows must not keep many alive.
     return host if 2 * num_rows > array.shape[0] else host.copy()

@@ -6,16 +6,14 @@ would run its constructor, in Python, where a signal may strike: see `device_sta
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jaxaccum._accumulator import merge
 from jaxaccum._accumulator.apply import apply as add_gradient
-from jaxaccum._accumulator.merge import grow
-from jaxaccum._accumulator.row_index import HashTable
 from jaxaccum._accumulator.state import AccumulatorState
 from jaxaccum._accumulator.take import take_if
 from jaxaccum._rows.indexed_slices import IndexedSlices
@@ -24,25 +22,25 @@ Leaves = tuple[jax.Array, ...]
 
 
 class Programs(NamedTuple):
-    """The programs for states of one structure; all but `resize` are given the state for good.
+    """The programs for states of one structure; all but `grow` are given the state for good.
 
     Attributes:
       treedef: the structure.
       apply: adds a gradient.
       apply_staged: adds several, one after the other.
       take: takes everything, and returns the first ``size`` of the rows.
-      resize: makes a copy of another capacity; of a smaller one where nothing is held.
+      grow: makes a copy of a larger capacity.
     """
 
     treedef: jax.tree_util.PyTreeDef
     apply: Any
     apply_staged: Any
     take: Any
-    resize: Any
+    grow: Any
 
 
 @functools.cache
-def programs(treedef: jax.tree_util.PyTreeDef) -> Programs:
+def make_programs(treedef: jax.tree_util.PyTreeDef) -> Programs:
     """Returns the programs for states of one structure."""
 
     def add(leaves: Leaves, indices: jax.Array, values: jax.Array) -> Leaves:
@@ -73,14 +71,7 @@ def programs(treedef: jax.tree_util.PyTreeDef) -> Programs:
         return tuple(jax.tree.leaves(state)), taken
 
     @functools.partial(jax.jit, static_argnums=1)
-    def resize(leaves: Leaves, capacity: int) -> Leaves:
-        state: AccumulatorState = jax.tree.unflatten(treedef, leaves)
-        if capacity >= state.capacity:
-            return tuple(jax.tree.leaves(grow(state, capacity)))
-        row_index = state.row_index
-        if isinstance(row_index, HashTable):
-            row_index = HashTable.empty(capacity)
-        arrays = {k: getattr(state, k)[:capacity] for k in ("indices", "values", "counts")}
-        return tuple(jax.tree.leaves(dataclasses.replace(state, row_index=row_index, **arrays)))
+    def grow(leaves: Leaves, capacity: int) -> Leaves:
+        return tuple(jax.tree.leaves(merge.grow(jax.tree.unflatten(treedef, leaves), capacity)))
 
-    return Programs(treedef, jax.jit(add, donate_argnums=0), apply_staged, take, resize)
+    return Programs(treedef, jax.jit(add, donate_argnums=0), apply_staged, take, grow)

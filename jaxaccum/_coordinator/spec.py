@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import operator
 from collections.abc import Sequence
-from itertools import zip_longest
 from typing import Any, cast
 
-import jax
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -16,6 +15,7 @@ from jaxaccum._accumulator.state import Reduction, init
 from jaxaccum._coordinator.errors import InvalidArgumentError
 from jaxaccum._rows.shapes import UNKNOWN_ROWS_PADDING, padding_index
 
+Shape = tuple[int | None, ...]
 _REDUCTIONS: dict[str, Reduction] = {
     "MEAN": "mean_per_row",
     "SUM": "sum",
@@ -36,19 +36,19 @@ class Spec:
     """
 
     dtype: np.dtype
-    shape: tuple[int | None, ...]
+    shape: Shape
     reduction: Reduction
     sum_dtype: np.dtype
 
     @property
-    def rows(self) -> int | None:
+    def num_rows(self) -> int | None:
         """How many rows there are, ``None`` if unknown."""
         return self.shape[0] if self.shape else None
 
-    @property
+    @functools.cached_property
     def padding(self) -> int:
         """The index that marks padding."""
-        return padding_index((self.rows,))
+        return padding_index(self.shape)
 
     @classmethod
     def of(
@@ -70,9 +70,8 @@ class Spec:
             )
         # TensorFlow's own dtypes are welcome.
         dtype = getattr(dtype, "as_numpy_dtype", dtype)
-        with jax.ensure_compile_time_eval():
-            state = init((1,), dtype, capacity=1, accumulator_dtype=accumulator_dtype)
-        return cls(state.dtype, _shape(shape), reduction, state.values.dtype)
+        state = init((1,), dtype, capacity=1, accumulator_dtype=accumulator_dtype)
+        return cls(state.dtype, _as_shape(shape), reduction, state.values.dtype)
 
     def check_saved(self, indices: np.ndarray, values: np.ndarray, touches: np.ndarray) -> None:
         """Raises unless rows, their sums and counts may be loaded."""
@@ -86,9 +85,7 @@ class Spec:
                 "state must hold as many indices, values and counts, got shapes "
                 f"{indices.shape}, {values.shape} and {touches.shape}"
             )
-        row, expected = values.shape[1:], self.shape[1:]
-        if any(d not in (None, given) for d, given in zip_longest(expected, row[: len(expected)])):
-            raise InvalidArgumentError(f"state must hold rows of shape {expected}, got {row}")
+        check_shape("values", self.shape, (None, *values.shape[1:]))
         if num_rows and not (0 <= indices.min() <= indices.max() < end):
             raise InvalidArgumentError(f"state must hold indices from 0 to below {end}")
 
@@ -98,7 +95,20 @@ class Spec:
         return f"{self.dtype}, shape {self.shape}, {name}, sums of {self.sum_dtype}"
 
 
-def _shape(shape: Sequence[int | None] | int | None) -> tuple[int | None, ...]:
+def check_shape(name: str, expected: Shape, given: Shape) -> None:
+    """Raises unless ``given`` begins as ``expected`` does, with TensorFlow's message."""
+    if len(given) < len(expected):
+        raise InvalidArgumentError(
+            f"Shape mismatch: expected {name} rank at least {len(expected)}, got {len(given)}"
+        )
+    for i, (dim, got) in enumerate(zip(expected, given, strict=False)):
+        if dim is not None and got is not None and dim != got:
+            raise InvalidArgumentError(
+                f"Shape mismatch: expected {name} dim {i} to be {dim}, got {got}"
+            )
+
+
+def _as_shape(shape: Sequence[int | None] | int | None) -> Shape:
     if shape is None:
         return ()
     dims = [shape] if hasattr(shape, "__index__") else shape

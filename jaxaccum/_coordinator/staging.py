@@ -25,7 +25,7 @@ class Stage:
 
     Args:
       size: slices of each, the last ones padding.
-      row: shape of a row.
+      row_shape: shape of a row.
       dtype: of the values.
       padding: the index that marks padding.
 
@@ -37,12 +37,14 @@ class Stage:
 
     __slots__ = ("_padding", "depth", "indices", "num_staged", "size", "values")
 
-    def __init__(self, size: int, row: tuple[int, ...], dtype: np.dtype, padding: int) -> None:
+    def __init__(
+        self, size: int, row_shape: tuple[int, ...], dtype: np.dtype, padding: int
+    ) -> None:
         self.size = size
         self._padding = padding
-        self.depth = stage_depth(size, row, dtype)
-        self.indices = aligned((self.depth, size), np.dtype(np.int32))
-        self.values = aligned((self.depth, size, *row), dtype)
+        self.depth = choose_depth(size, row_shape, dtype)
+        self.indices = allocate((self.depth, size), np.dtype(np.int32))
+        self.values = allocate((self.depth, size, *row_shape), dtype)
         self.num_staged = 0
 
     def write(self, indices: Any, values: Any) -> None:
@@ -57,17 +59,17 @@ class Stage:
             self.values[k, :num_slices] = values
 
 
-def stage_depth(size: int, row: tuple[int, ...], dtype: np.dtype) -> int:
-    """How many gradients a stage holds."""
-    return max(1, min(_DEEPEST, _STAGE // num_bytes(size, row, dtype)))
+def choose_depth(size: int, row_shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Returns how many gradients a stage holds."""
+    return max(1, min(_DEEPEST, _STAGE // count_bytes(size, row_shape, dtype)))
 
 
-def num_bytes(size: int, row: tuple[int, ...], dtype: np.dtype) -> int:
-    """What a gradient of ``size`` slices takes."""
-    return size * (4 + dtype.itemsize * math.prod(row))
+def count_bytes(size: int, row_shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Returns how many bytes a gradient of ``size`` slices takes."""
+    return size * (4 + dtype.itemsize * math.prod(row_shape))
 
 
-def padded_size(num_slices: int, limit: int | None = None) -> int:
+def round_up(num_slices: int, limit: int | None = None) -> int:
     """Returns the size ``num_slices`` slices are padded to: a power of two, 32 at least.
 
     So a program is compiled for each of a few sizes only. Of ``limit``, no more than that.
@@ -76,9 +78,22 @@ def padded_size(num_slices: int, limit: int | None = None) -> int:
     return size if limit is None else min(size, limit)
 
 
-def aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """Returns memory XLA need not copy to read it."""
+def allocate(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """Returns memory that XLA need not copy to read."""
     size = dtype.itemsize * math.prod(shape)
     memory = np.empty(size + _ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % _ALIGNMENT
     return memory[start : start + size].view(dtype).reshape(shape)
+
+
+def pad(array: np.ndarray, size: int, fill: int | None, dtype: np.dtype) -> np.ndarray:
+    """Returns a copy of ``size`` slices, the only one made; those added hold ``fill`` or anything.
+
+    XLA reads an aligned array in place, long after the call that was given it: so it must be a
+    copy, and an aligned one is copied no further.
+    """
+    padded = allocate((size, *array.shape[1:]), dtype)
+    padded[: array.shape[0]] = array
+    if fill is not None:
+        padded[array.shape[0] :] = fill
+    return padded

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import TracebackType
 from typing import Any, NoReturn, Self
 
 import jax
@@ -12,11 +11,11 @@ from jax.typing import ArrayLike, DTypeLike
 
 from jaxaccum._coordinator.coordinator import Coordinator
 from jaxaccum._coordinator.device_state import DeviceState
-from jaxaccum._coordinator.placement import Placement, outside_mesh
+from jaxaccum._coordinator.placement import Placement, outside_jit
 from jaxaccum._coordinator.spec import Spec
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.public import public
-from jaxaccum._tensorflow.registry import shared, unique_name
+from jaxaccum._tensorflow.registry import claim_name, share
 from jaxaccum._tensorflow.sparse_gradient import SparseGradient, as_tuple
 
 _DEFAULT_NAME = "sparse_conditional_accumulator"
@@ -38,8 +37,8 @@ class SparseConditionalAccumulator:
     device, and what it adds stays there until it is taken. Small gradients from host memory go
     there several at a time.
 
-    A signal handler that interrupts a call may close the accumulator. Whatever else it calls raises
-    a ``RuntimeError`` if its own thread is in the middle of changing what is accumulated.
+    A ``RuntimeError`` refuses what is called, or made, inside ``jit``; and what a signal handler
+    calls while its own thread is in the middle of a call, unless it closes the accumulator.
 
     Args:
       dtype: of the gradients; any numeric JAX dtype.
@@ -49,14 +48,9 @@ class SparseConditionalAccumulator:
       name: made unique among the living by appending a number.
       reduction_type: ``"MEAN"`` divides each row by the number of gradients that touched *that
         row* (TensorFlow's rule), ``"MEAN_PER_GRADIENT"`` by the number of all, ``"SUM"`` by none.
-      capacity: rows there is room for at first and at least; by default a guess from the gradients.
+      capacity: how many rows fit at first and at least; by default a guess from the gradients.
       device: where to accumulate; or a `jax.sharding.NamedSharding` for the values.
       accumulator_dtype: of the sums; by default ``dtype``, but float32 for 16-bit floats.
-
-    Attributes:
-      dtype: of the gradients.
-      name: the last component of the unique name.
-      accumulator_ref: the handle, for `jaxaccum.raw_ops`.
 
     Raises:
       ValueError: a bad shape, reduction or capacity; or ``shared_name`` is that of an accumulator
@@ -78,7 +72,7 @@ class SparseConditionalAccumulator:
     Source: TensorFlow's ``tf.compat.v1.SparseConditionalAccumulator``; ``docs`` list what differs.
     """
 
-    @outside_mesh
+    @outside_jit
     def __init__(
         self,
         dtype: DTypeLike,
@@ -92,12 +86,12 @@ class SparseConditionalAccumulator:
         accumulator_dtype: DTypeLike | None = None,
     ) -> None:
         spec = Spec.of(dtype, shape, reduction_type, accumulator_dtype)
-        self._name = unique_name(name or _DEFAULT_NAME, self)
+        self._name = claim_name(name or _DEFAULT_NAME, self)
 
         def make() -> Coordinator:
             return Coordinator(spec, self.name, DeviceState(spec, capacity, Placement(device)))
 
-        self._core = shared(shared_name, spec, make) if shared_name else make()
+        self._core = share(shared_name, spec, make) if shared_name else make()
 
     def __repr__(self) -> str:
         return f"SparseConditionalAccumulator({self._core.spec}, name={self._name!r})"
@@ -109,12 +103,7 @@ class SparseConditionalAccumulator:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
@@ -174,20 +163,13 @@ class SparseConditionalAccumulator:
         local_step: ArrayLike = 0,
         name: str | None = None,
     ) -> bool:
-        """Adds a gradient unless it is stale; `apply_grad` says more.
+        """Adds a gradient unless it is stale, and returns and raises what `apply_grad` does.
 
         Args:
           grad: an `IndexedSlices`, whose padding is skipped; or anything else with ``indices``,
             ``values`` and ``dense_shape``, which has no padding.
           local_step: the step at which the gradient was computed.
           name: ignored.
-
-        Returns:
-          True if it was accepted, False if it was stale.
-
-        Raises:
-          InvalidArgumentError: the gradient does not fit; nothing has changed.
-          CancelledError: the accumulator is closed.
 
         Example:
           >>> import jaxaccum, numpy as np
@@ -249,7 +231,7 @@ class SparseConditionalAccumulator:
         timeout: float | None = None,
         trim: bool = True,
     ) -> IndexedSlices:
-        """Waits and takes as `take_grad` does, and returns an `IndexedSlices`.
+        """Does what `take_grad` does, but returns an `IndexedSlices`.
 
         Args:
           num_required: at least 1.
@@ -260,8 +242,6 @@ class SparseConditionalAccumulator:
 
         Returns:
           The reduced gradient, rows ascending; its row count is ``None`` where unknown.
-
-        It raises what `take_grad` does.
 
         Example:
           >>> import jaxaccum

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxaccum._coordinator.arguments import brackets
+from jaxaccum._coordinator.arguments import as_text
 from jaxaccum._coordinator.errors import InvalidArgumentError
 from jaxaccum._rows.shapes import check_host_indices
 
@@ -43,12 +43,12 @@ def add(a_ids: Array, a_vals: Array, a_shape: Array, b_ids: Array, b_vals: Array
     (sa, sb), (st,) = _shapes(a_shape, b_shape), _shapes(thresh)
     _require(
         len(ai) == len(bi) == 2,
-        f"Input indices should be matrices but received shapes: {brackets(ai)} and {brackets(bi)}",
+        f"Input indices should be matrices but received shapes: {as_text(ai)} and {as_text(bi)}",
     )
     _require(ai[1] == bi[1], f"Input indices must have the same dimension, got {ai[1]} and {bi[1]}")
     _require(
         len(av) == len(bv) == 1,
-        f"Input values should be vectors but received shapes: {brackets(av)} and {brackets(bv)}",
+        f"Input values should be vectors but received shapes: {as_text(av)} and {as_text(bv)}",
     )
     _require(
         av[0] == ai[0] and bv[0] == bi[0],
@@ -56,7 +56,7 @@ def add(a_ids: Array, a_vals: Array, a_shape: Array, b_ids: Array, b_vals: Array
     )
     _require(
         len(sa) == len(sb) == 1,
-        f"Input shapes should be a vector but received shapes {brackets(sa)} and {brackets(sb)}",
+        f"Input shapes should be a vector but received shapes {as_text(sa)} and {as_text(sb)}",
     )
     _require(
         ai[1] == sa[0],
@@ -71,7 +71,7 @@ def add(a_ids: Array, a_vals: Array, a_shape: Array, b_ids: Array, b_vals: Array
     )
     for i, (a, b) in enumerate(zip(a_dims, b_dims, strict=True)):
         _require(a == b, f"Operands' shapes do not match: got {a} and {b} for dimension {i}")
-    _require(st == (), f"The magnitude threshold must be a scalar: got shape {brackets(st)}")
+    _require(st == (), f"The magnitude threshold must be a scalar: got shape {as_text(st)}")
 
 
 def add_grad(grad: Array, a_indices: Array, b_indices: Array, sum_indices: Array) -> None:
@@ -80,7 +80,7 @@ def add_grad(grad: Array, a_indices: Array, b_indices: Array, sum_indices: Array
     _require(
         len(a) == len(b) == len(s) == 2,
         "Input indices should be matrices but received shapes: "
-        f"{brackets(a)} and {brackets(b)} and {brackets(s)}",
+        f"{as_text(a)} and {as_text(b)} and {as_text(s)}",
     )
     _vector("backprop_val_grad", g)
     # TensorFlow runs the three numbers together.
@@ -102,8 +102,8 @@ def slice_(indices: Array, values: Array, shape: Array, start: Array, size: Arra
         i[0] == v[0], f"Number of elements in indices ({i[0]}) and values ({v[0]}) do not match"
     )
     _require(i[1] == d[0], f"Index rank ({i[1]}) and shape rank ({d[0]}) do not match")
-    _require(len(st) == 1, f"Input start should be a vector but received shape {brackets(st)}")
-    _require(len(sz) == 1, f"Input size should be a vector but received shape {brackets(sz)}")
+    _require(len(st) == 1, f"Input start should be a vector but received shape {as_text(st)}")
+    _require(len(sz) == 1, f"Input size should be a vector but received shape {as_text(sz)}")
     for name, bound in (("start", st), ("size", sz)):
         _require(
             bound == d, f"Expected {name} to be a vector of length {d[0]} but got length {bound[0]}"
@@ -129,7 +129,7 @@ def slice_grad(
     _require(
         len(i) == len(o) == 2,
         "Input and output indices should be matrices but received shapes: "
-        f"{brackets(i)} and {brackets(o)}",
+        f"{as_text(i)} and {as_text(o)}",
     )
     _vector("backprop_val_grad", g)
     _require(
@@ -141,7 +141,7 @@ def slice_grad(
         f"got {o[0]} and {i[0]}",
     )
     _same_count("output_indices", g, o)
-    _require(len(st) == 1, f"The input_start should be a vector but received shape {brackets(st)}")
+    _require(len(st) == 1, f"The input_start should be a vector but received shape {as_text(st)}")
     _require(
         st[0] == i[1],
         f"Expected input_start to be a vector of length {i[1]} but got length {st[0]}",
@@ -158,7 +158,7 @@ def _shapes(*arrays: Array) -> list[tuple[int, ...]]:
 
 def _vector(name: str, shape: tuple[int, ...]) -> None:
     _require(
-        len(shape) == 1, f"Input {name} should be a vector but received shape: {brackets(shape)}"
+        len(shape) == 1, f"Input {name} should be a vector but received shape: {as_text(shape)}"
     )
 
 

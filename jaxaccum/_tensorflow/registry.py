@@ -19,7 +19,7 @@ _last_number: dict[str, int] = {}
 _shared: weakref.WeakValueDictionary[str, Coordinator] = weakref.WeakValueDictionary()
 
 
-def unique_name(name: str, owner: object) -> str:
+def claim_name(name: str, owner: object) -> str:
     """Returns ``name``, with a number appended if another living object has it."""
     with _lock:
         unique = name
@@ -30,7 +30,7 @@ def unique_name(name: str, owner: object) -> str:
         return unique
 
 
-def shared(shared_name: str, spec: Spec, make: Callable[[], Coordinator]) -> Coordinator:
+def share(shared_name: str, spec: Spec, make: Callable[[], Coordinator]) -> Coordinator:
     """Returns the open accumulator of that name, made if there is none."""
     with _lock:
         core = _shared.get(shared_name)

@@ -149,11 +149,17 @@ def test_wrong_apply_arguments(change, error, message):
     assert acc.num_accumulated() == 0
 
 
-OPS = sorted(
-    name
-    for name, op in vars(raw_ops).items()
-    if inspect.isfunction(op) and op.__module__ == raw_ops.__name__ and name[0].isupper()
-)
+OPS = [name for name in raw_ops.__all__ if inspect.isfunction(getattr(raw_ops, name))]
+
+
+def test_all_that_is_public_is_exported_and_documented():
+    own = {
+        name
+        for name, value in vars(raw_ops).items()
+        if getattr(value, "__module__", "") == "jaxaccum.raw_ops" and not name.startswith("_")
+    }
+    assert own == set(raw_ops.__all__)
+    assert all(inspect.getdoc(getattr(raw_ops, name)) for name in own)
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -175,11 +181,36 @@ def test_masked_arrays_are_refused():
         raw_ops.SparseSlice(indices=[[2]], values=masked, shape=[5], start=[0], size=[5])
 
 
-def test_results_can_be_named_and_pickled():
+RESULTS = [
+    raw_ops.SparseSum(np.array([[1]]), np.ones(1), np.array([3])),
+    raw_ops.SparsePart(np.array([[1]]), np.ones(1), np.array([3])),
+    raw_ops.AddGrads(np.ones(1), np.ones(2)),
+    jaxaccum.SparseGradient(np.array([1]), np.ones((1, 2)), np.array([3, 2])),
+]
+
+
+@pytest.mark.parametrize("result", RESULTS, ids=lambda result: type(result).__name__)
+def test_results_can_be_pickled_under_their_public_names(result):
+    pickled = pickle.dumps(result)
+    assert type(result).__module__ in ("jaxaccum", "jaxaccum.raw_ops")
+    assert type(result).__module__.encode() in pickled
+    again = pickle.loads(pickled)
+    assert type(again) is type(result)
+    assert [field.tolist() for field in again] == [field.tolist() for field in result]
+
+
+def test_ops_return_their_named_results():
     total = raw_ops.SparseAdd(**A, **B, thresh=0.5)
+    part = raw_ops.SparseSlice(
+        indices=A["a_indices"], values=A["a_values"], shape=[3, 2], start=[0, 0], size=[3, 2]
+    )
+    grads = raw_ops.SparseAddGrad(
+        backprop_val_grad=total.sum_values,
+        a_indices=A["a_indices"],
+        b_indices=B["b_indices"],
+        sum_indices=total.sum_indices,
+    )
     assert type(total) is raw_ops.SparseSum
-    again = pickle.loads(pickle.dumps(total))
-    assert type(again) is raw_ops.SparseSum
-    assert again.sum_values.tolist() == total.sum_values.tolist()
-    grad = jaxaccum.SparseGradient(np.array([1]), np.ones((1, 2)), np.array([3, 2]))
-    assert pickle.loads(pickle.dumps(grad)).shape.tolist() == [3, 2]
+    assert type(part) is raw_ops.SparsePart
+    assert type(grads) is raw_ops.AddGrads
+    assert part.output_values.tolist() == [1.0, 2.0]
