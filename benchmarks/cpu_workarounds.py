@@ -19,12 +19,11 @@ import numpy as np
 import optax
 
 import jaxaccum
-from jaxaccum._accumulator import reduction
 from jaxaccum._distributed import exchange
 from jaxaccum._rows import cpu_workarounds, row_arithmetic
 
 ROWS, WIDTH = harness.scaled(1_000_000), 64
-IDS, HELD = harness.scaled(16_384), harness.scaled(400_000)
+IDS = harness.scaled(16_384)
 Step = Callable[[], Any]
 
 
@@ -61,13 +60,6 @@ def lazy_step(optimizer: optax.GradientTransformation) -> Callable[[], Step]:
     return make
 
 
-def take_sums() -> Step:
-    state = jaxaccum.init((ROWS, WIDTH), capacity=HELD, reduction="sum")
-    state, _ = jax.jit(jaxaccum.apply)(state, gradient(HELD))
-    take = jax.jit(jaxaccum.take).lower(state).compile()
-    return lambda: take(state)
-
-
 def add_parts() -> Step:
     """The sums of eight devices, as `all_merge` writes them."""
     rng = np.random.default_rng(0)
@@ -102,7 +94,6 @@ CASES: dict[str, tuple[Callable[[], Step], Any, str, Callable[..., jax.Array]]] 
         "compute_with",
         leave,
     ),
-    f"take of {HELD:,} rows, reduction sum": (take_sums, reduction, "compute_with", leave),
     f"all_merge's sums of 8 x {IDS // 4:,} rows": (
         add_parts,
         exchange,

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._accumulator.state import Reduction
-from jaxaccum._rows.cpu_workarounds import compute_with
 from jaxaccum._rows.quotient import quotient
 
 
@@ -20,7 +19,7 @@ def reduce_sums(
     if reduction == "mean_per_gradient":
         counts = jnp.broadcast_to(jnp.where(num_accumulated > 0, num_accumulated, 1), counts.shape)
     elif reduction == "sum":
-        return compute_with(sums, counts)
+        return sums
     counts = jnp.broadcast_to(counts.reshape(-1, *[1] * (sums.ndim - 1)), sums.shape)
     if jnp.issubdtype(sums.dtype, jnp.integer):
         # In 32 bits at least, for a count need not fit a short integer; div truncates toward zero.

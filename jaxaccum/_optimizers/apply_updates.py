@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from jaxaccum._optimizers.unique_leaf import UniqueRows
 from jaxaccum._rows.indexed_slices import add_update, as_device_slices, is_invalid
-from jaxaccum._rows.opaque import UniqueRows
 from jaxaccum._rows.row_arithmetic import promote_dtypes
 from jaxaccum._rows.tree import Leaf, PyTree
 from jaxaccum._rows.unique_rows import is_slices

@@ -24,8 +24,8 @@ from jaxaccum._optimizers.catch_up import (
 from jaxaccum._optimizers.optax_import import Transform, import_optax
 from jaxaccum._optimizers.state_layout import RowLayout, lay_out_rows, struct, struct_of
 from jaxaccum._optimizers.trial import TrialFailedError, check_row_separable
+from jaxaccum._optimizers.unique_leaf import UniqueRows, fit_updates
 from jaxaccum._rows.indexed_slices import IndexedSlices, fit_to_table
-from jaxaccum._rows.opaque import UniqueRows, fit_updates
 from jaxaccum._rows.row_arithmetic import gather_rows, scatter_rows
 from jaxaccum._rows.row_major import warn_if_copied
 from jaxaccum._rows.tree import Leaf, PyTree

@@ -21,8 +21,8 @@ from jaxaccum._optimizers.micro_batch_state import (
     with_counters,
     without_counters,
 )
+from jaxaccum._optimizers.unique_leaf import UniqueRows
 from jaxaccum._rows.indexed_slices import IndexedSlices
-from jaxaccum._rows.opaque import UniqueRows
 from jaxaccum._rows.tree import PyTree
 from jaxaccum._rows.unique_rows import is_slices
 

@@ -1,8 +1,8 @@
 """The floor: what a row, its padding and a table are, and arithmetic every other room needs.
 
-* Gradients: `IndexedSlices` (``indexed_slices``, ``shapes``), each row once (``unique_rows``), as
-  one leaf (``opaque``), on trees (``map_values``), kept from those who would do arithmetic on row
-  numbers (``strangers``).
+* Gradients: `IndexedSlices` (``indexed_slices``, ``shapes``), each row once (``unique_rows``),
+  on trees (``map_values``), kept from those who would do arithmetic on row numbers
+  (``strangers``).
 * Tables: which leaves are tables (``tables``, ``tree``), rows of them read, written and added
   (``row_arithmetic``), bags of rows (``embedding_bag``), how they lie in memory (``row_major``) and
   on a mesh (``on_mesh``).

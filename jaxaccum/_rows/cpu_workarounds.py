@@ -18,9 +18,9 @@ def compute_with(rows: jax.Array, indices: jax.Array) -> jax.Array:
     XLA's CPU backend moves rows more slowly than it computes with them: those it loads in wide
     registers. So they are divided by a one that it cannot see through; a division is not put off to
     whoever reads the result. No number changes but subnormals, which all arithmetic there takes for
-    zero. Measured on jax 0.10.2 and 0.12.0: 16,384 rows of 64 float32 out of 100,000 are gathered
-    in 0.33 ms in place of 1.4. Where other arithmetic follows in the same fusion it costs a third
-    more than it would without (0.9 ms in place of 0.7).
+    zero. Measured on jax 0.10.2 and 0.12.0: a lazy step of Adam on 16,384 rows of a million of 64
+    float32 takes 5.8 and 5.0 ms in place of 7.5 and 6.3. A bare gather gains fourfold, one that
+    other arithmetic is fused with loses a third: a large `take` gains nothing, so it goes without.
     """
     if indices.shape[0] == 0 or not jnp.issubdtype(rows.dtype, jnp.floating):
         return rows
