@@ -28,7 +28,7 @@ def test_batches_of_zipf_that_it_has_not_seen_fit(exponent, size):
     draw = lambda seed, n: np.random.default_rng(seed).zipf(exponent, (n, size)) % 10**6  # noqa: E731
     capacity = jaxaccum.suggest_capacity(draw(0, 40), 4)
     unseen = distinct(draw(1, 1600), 4)
-    assert max(unseen) <= capacity <= max(size, 1.2 * max(unseen) + 20)
+    assert max(unseen) <= capacity <= max(size, 1.5 * max(unseen) + 20)
 
 
 def test_one_gradient_fits_and_no_more_than_all_are_needed():

@@ -35,6 +35,7 @@ MORE_SHAPES = [
     (1, 2, 1, 3),
     (2, 1, 3, 1),
 ]
+ZERO = np.zeros((), np.float32)
 POOL = jnp.asarray(np.random.default_rng(0).integers(1, 9, 512), jnp.float32)
 
 
@@ -46,19 +47,21 @@ def numbers(shape, first=0):
 def rows(shape):
     """Rows at repeated ids, and one that is dropped."""
     ids = jnp.array([shape[0] - 1, 0, shape[0] - 1, shape[0]])
-    return jnp.zeros(shape).at[ids].add(numbers((4, *shape[1:])), mode="drop")
+    return jnp.zeros(shape, jnp.float32).at[ids].add(numbers((4, *shape[1:])), mode="drop")
 
 
 def entries(shape):
     """Entries of the first two axes, dropped where either is outside."""
     ids = jnp.array([0, shape[0] - 1, 0, shape[0], 0]), jnp.array([shape[1] - 1, 0, 0, 0, shape[1]])
-    return jnp.zeros(shape).at[ids].add(numbers((5, *shape[2:]), 100), mode="drop")
+    return jnp.zeros(shape, jnp.float32).at[ids].add(numbers((5, *shape[2:]), 100), mode="drop")
 
 
 def last_axis(shape):
     """Slices of the last axis."""
     ids = jnp.array([0, shape[-1] - 1, 0])
-    return jnp.zeros(shape).at[..., ids].add(numbers((*shape[:-1], 3), 200), mode="drop")
+    return (
+        jnp.zeros(shape, jnp.float32).at[..., ids].add(numbers((*shape[:-1], 3), 200), mode="drop")
+    )
 
 
 def cotangents(shape):
@@ -109,7 +112,7 @@ def pads(shape):
     first = [(1, 0, 0), (0, 2, 0), (-1, 1, 0), (1, -1, 1), (2, 1, 2)]
     others = [(0, 0, 0), (1, 1, 0), (0, 0, 1), (0, 2, 0), (2, -1, 1)]
     return [
-        lambda ct, a=a, b=b: lax.pad(ct, 0.0, [a, *[b] * (len(shape) - 1)])
+        lambda ct, a=a, b=b: lax.pad(ct, ZERO, [a, *[b] * (len(shape) - 1)])
         for a, b in zip(first, others, strict=True)
     ]
 
@@ -134,7 +137,7 @@ def splits(shape):
 
 def concatenations(shape):
     return [
-        lambda ct, axis=axis: lax.concatenate([ct, ct * 2, jnp.zeros(shape)], axis)
+        lambda ct, axis=axis: lax.concatenate([ct, ct * 2, jnp.zeros(shape, jnp.float32)], axis)
         for axis in range(len(shape))
     ]
 
@@ -187,7 +190,9 @@ def sums(shape):
 def updates(shapes):
     def update(shape, start, size):
         window = numbers(size, 50)
-        return lax.dynamic_update_slice(jnp.zeros(shape), window, [jnp.int32(s) for s in start])
+        return lax.dynamic_update_slice(
+            jnp.zeros(shape, jnp.float32), window, [jnp.int32(s) for s in start]
+        )
 
     return [
         lambda shape=shape, start=start, size=size: update(shape, start, size)
@@ -203,7 +208,7 @@ def scatters(shapes):
         *each(lambda ct: ct)(shapes),
         *(
             lambda shape=shape, mode=mode: (
-                jnp.zeros(shape).at[jnp.array([0, shape[0] - 1])].add(
+                jnp.zeros(shape, jnp.float32).at[jnp.array([0, shape[0] - 1])].add(
                     numbers((2, *shape[1:])), mode=mode
                 )
             )
@@ -215,7 +220,7 @@ def scatters(shapes):
 
 def pieces(shape):
     """Rows that come of a dense array: what a slice of the table leaves behind."""
-    return [lambda ct: lax.pad(ct * 1, 0.0, [(2, 1, 1), *[(0, 0, 0)] * (len(shape) - 1)])]
+    return [lambda ct: lax.pad(ct * 1, ZERO, [(2, 1, 1), *[(0, 0, 0)] * (len(shape) - 1)])]
 
 
 def over_devices(ct):
@@ -224,7 +229,7 @@ def over_devices(ct):
 
 def multiply_varying_zeros():
     """Sums of no slices that are needed as arrays, which then must be typed as varying too."""
-    zeros = lax.pcast(jnp.zeros((3, 2)), "d", to="varying")
+    zeros = lax.pcast(jnp.zeros((3, 2), jnp.float32), "d", to="varying")
     return lax.psum(zeros * zeros, "d")
 
 
@@ -349,7 +354,7 @@ def check_rule(cotangent, table, is_sparse):
     np.testing.assert_array_equal(densified(grad), expected)
 
 
-HALVES = jnp.zeros((3, 2)).at[jnp.array([1, 1, 0])].add
+HALVES = jnp.zeros((3, 2), jnp.float32).at[jnp.array([1, 1, 0])].add
 
 
 @pytest.mark.parametrize(
@@ -362,14 +367,16 @@ HALVES = jnp.zeros((3, 2)).at[jnp.array([1, 1, 0])].add
     ids=["to integers", "to bools", "of integers"],
 )
 def test_integers_are_no_cotangents(cotangent):
-    check_rule(cotangent, jnp.zeros((3, 2)), is_sparse=False)
+    check_rule(cotangent, jnp.zeros((3, 2), jnp.float32), is_sparse=False)
 
 
 def test_slices_may_also_be_what_is_written():
     def cotangent():
-        part = jnp.zeros((1, 2)).at[jnp.array([0, 0])].add(1.5)
-        written = lax.dynamic_update_slice(jnp.zeros((3, 2)), part, (jnp.int32(1), jnp.int32(0)))
-        padded = lax.pad(part, 0.0, [(2, 0, 0), (0, 0, 0)])
+        part = jnp.zeros((1, 2), jnp.float32).at[jnp.array([0, 0])].add(1.5)
+        written = lax.dynamic_update_slice(
+            jnp.zeros((3, 2), jnp.float32), part, (jnp.int32(1), jnp.int32(0))
+        )
+        padded = lax.pad(part, ZERO, [(2, 0, 0), (0, 0, 0)])
         return jax.vjp(lambda x: (x, x), padded)[1]((padded, written))[0]
 
-    check_rule(cotangent, jnp.zeros((3, 2)), is_sparse=True)
+    check_rule(cotangent, jnp.zeros((3, 2), jnp.float32), is_sparse=True)

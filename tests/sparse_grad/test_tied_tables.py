@@ -9,7 +9,7 @@ import pytest
 from jaxaccum import IndexedSlices, apply_updates, lazy_rows, value_and_sparse_grad
 
 ROWS, WIDTH = 13, 4
-IDS = jnp.array([3, 0, 3, 12])
+IDS = np.array([3, 0, 3, 12], np.int32)
 
 
 def negative_log_likelihood(params, ids):

@@ -24,7 +24,7 @@ WHERE = [1, 2, 10, 5, 1]  # the rows that IDS mean
 WILD = jnp.array([1, 20, -30, 11, -11], jnp.int32)
 ONES = jnp.ones((5, WIDTH), jnp.float32)
 ONE = jnp.ones(WIDTH, jnp.float32)
-COLUMN_SCALES = jnp.array([2.0, 3.0, 0.5, 5.0])
+COLUMN_SCALES = jnp.array([2.0, 3.0, 0.5, 5.0], jnp.float32)
 
 
 def loss_of(lookup):
@@ -170,7 +170,7 @@ LOOKUPS = {
     ),
     "scaled by one number of rank 2": (lambda t, i: (t / COLUMN_SCALES[None, 1:2])[i], IDS, WHERE),
     "entries of rows scaled": (
-        lambda t, i: (t * jnp.arange(2.0, 2 + ROWS)[:, None])[i, i % WIDTH], IDS, WHERE,
+        lambda t, i: (t * jnp.arange(2.0, 2 + ROWS, dtype=jnp.float32)[:, None])[i, i % WIDTH], IDS, WHERE,
     ),
     "jit": (jax.jit(lambda t, i: t[i]), IDS, WHERE),
     "checkpoint": (jax.checkpoint(lambda t, i: jnp.cos(t[i])), IDS, WHERE),
@@ -461,7 +461,7 @@ def test_learned_scales_and_a_number_of_rank_2():
     def lookup(params, ids):
         return (params["table"] * params["scale"][None] / params["all"])[ids]
 
-    params = {"table": TABLE, "scale": COLUMN_SCALES, "all": jnp.full((1, 1), 3.0)}
+    params = {"table": TABLE, "scale": COLUMN_SCALES, "all": jnp.full((1, 1), 3, jnp.float32)}
     tables = {"table": True, "scale": False, "all": False}
     for allow_dense in (False, True):
         ours, theirs = both(lookup, params, IDS, tables=tables, allow_dense=allow_dense)
@@ -741,7 +741,7 @@ def taken_columns(table):
 
 def branched_columns(table):
     column = jnp.array([0, 2])
-    return lax.cond(table[0, 0] > 0, lambda t: jnp.sum(t[:, column]), lambda t: 0.0, table)  # here
+    return lax.cond(table[0, 0] > 0, lambda t: jnp.sum(t[:, column]), lambda t: jnp.float32(0), table)  # here
 
 
 def looped_columns(table):
