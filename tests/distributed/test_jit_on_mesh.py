@@ -87,7 +87,11 @@ def on_mesh(kind, axis_type, axes, layout, ids_spec, dtype):
         state = tx.init(values)
         if not is_explicit:
             by_row = jaxaccum.shard_specs(state, axes, tables=TABLES, params=values)
-            by_row = jax.tree.map(lambda spec: specs["table"] if len(spec) else spec, by_row)
+            by_row = jax.tree.map(
+                lambda spec, leaf: P(*specs["table"][: leaf.ndim]) if len(spec) else spec,
+                by_row,
+                state,
+            )
             state = jax.device_put(state, named(mesh, by_row))
         # Left alone, XLA may let a result leave otherwise sharded than the argument came.
         kept = None if is_explicit else jax.tree.map(lambda x: x.sharding, (values, state))

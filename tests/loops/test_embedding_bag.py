@@ -89,7 +89,7 @@ def test_narrow_tables_are_pooled_in_their_dtype():
     ("options", "error", "message"),
     [
         ({"combiner": "max"}, ValueError, "combiner must be one of"),
-        ({"ids": jnp.ones((2, 2))}, TypeError, "ids must be integers, got float32"),
+        ({"ids": jnp.ones((2, 2))}, TypeError, "ids must be integers, got float"),
         ({"ids": jnp.int32(1)}, ValueError, "got a scalar"),
         ({"weights": jnp.ones(3)}, ValueError, r"weights must have the shape of ids, \(2, 2\)"),
         ({"num_bags": 2}, ValueError, "segment_ids and num_bags, or by offsets alone"),

@@ -741,7 +741,9 @@ def taken_columns(table):
 
 def branched_columns(table):
     column = jnp.array([0, 2])
-    return lax.cond(table[0, 0] > 0, lambda t: jnp.sum(t[:, column]), lambda t: jnp.float32(0), table)  # here
+    return lax.cond(
+        table[0, 0] > 0, lambda t: jnp.sum(t[:, column]), lambda t: jnp.float32(0), table
+    )  # here
 
 
 def looped_columns(table):
