@@ -15,7 +15,7 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 # The first call of a jitted function compiles, so a time limit would measure the compiler.
 _HABITS = {"deadline": None, "print_blob": True}
-hypothesis.settings.register_profile("quick", derandomize=True, max_examples=10, **_HABITS)
+hypothesis.settings.register_profile("quick", derandomize=True, max_examples=6, **_HABITS)
 hypothesis.settings.register_profile("full", max_examples=25, **_HABITS)
 hypothesis.settings.load_profile("quick")
 

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from breadth import in_breadth
 from devices import NUM_DEVICES, bits, copies, device, on_devices, spread
 from jax.sharding import PartitionSpec
 
@@ -63,7 +64,7 @@ def test_capacity_is_exact_and_refusal_alike_and_harmless(exchange, count):
             assert new.verdict_counts.tolist() == [1, 0, 1, 0, 0]
 
 
-@pytest.mark.parametrize("rows", [ROWS, None])
+@pytest.mark.parametrize("rows", in_breadth([ROWS, None], {ROWS}))
 def test_refused_merges_lose_nothing(rows):
     """Too many rows for the capacity, then for max_rows: grown, all are there."""
 
@@ -111,7 +112,7 @@ def test_max_rows_is_exact():
     assert (np.asarray(verdicts) == [Verdict.OVERFLOW, Verdict.ACCEPTED]).all()
 
 
-@pytest.mark.parametrize("exchange", ["rows", "dense"])
+@pytest.mark.parametrize("exchange", in_breadth(["rows", "dense"], {"rows"}))
 def test_what_is_merged_is_not_merged_again(exchange):
     """Refused, with or without more on top; after a take all goes on, counts and all."""
 
@@ -224,6 +225,7 @@ def test_one_axis_of_two_can_be_merged():
     assert (np.asarray(sums) == [2 * 6] * 4 + [2 * 22] * 4).all()
 
 
+@pytest.mark.full
 def test_vmapped_axes_merge_too():
     values = np.ones((NUM_DEVICES, 2, 1), np.float32)
     merged, verdict = jax.vmap(
@@ -269,6 +271,7 @@ def merge_hlo(rows, capacity, **options):
         (None, {}, False),
     ],
 )
+@pytest.mark.full
 def test_the_exchange_follows_the_bytes(rows, options, is_dense):
     assert ("all-to-all" in merge_hlo(rows, 64, **options)) == is_dense
 

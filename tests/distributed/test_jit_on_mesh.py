@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from breadth import in_breadth
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -141,10 +142,8 @@ KINDS = [AxisType.Auto, AxisType.Explicit]
 IDS = {"ids sharded": P("all"), "ids replicated": P()}
 
 
-@pytest.mark.parametrize(
-    ("layout", "ids"),
-    [*((layout, "ids sharded") for layout in LAYOUTS), ("rows", "ids replicated")],
-)
+@pytest.mark.parametrize("ids", in_breadth(IDS, {"ids sharded"}))
+@pytest.mark.parametrize("layout", in_breadth(LAYOUTS, {"rows"}))
 @pytest.mark.parametrize("axis_type", KINDS, ids=str)
 def test_training_equals_one_device(axis_type, layout, ids):
     hlo = check("accumulate", axis_type, "data", layout, IDS[ids], jnp.float32)

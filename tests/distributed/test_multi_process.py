@@ -95,7 +95,8 @@ def test_processes_train_as_one_device(tmp_path, number):
     check_results(tmp_path, number)
 
 
-@pytest.mark.parametrize("victim", in_breadth([0, 1], [0]))
+@pytest.mark.full
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_death_ends_the_others_and_a_restart_goes_on(tmp_path, victim):
     """The death comes between a take and the next, in mid-accumulation."""
     with processes(tmp_path, 2, **{f"rank_{victim}": {"dies_at": 3}}) as started:

@@ -122,7 +122,6 @@ TABLES = {"known": ROWS, "unknown": None}
     required=st.lists(st.sampled_from([1, 5, 17]), min_size=STEPS, max_size=STEPS),
     seed=st.integers(0, 2**32 - 1),
 )
-@hypothesis.settings(max_examples=12)
 def test_training_equals_one_device(way, take, kinds, required, seed):
     rng = np.random.default_rng(seed)
     required = [1] * STEPS if take is merge_then_take else required

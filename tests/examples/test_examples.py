@@ -45,6 +45,7 @@ def test_the_recommender_learns_the_ring(ring, capsys):
     assert float(re.search(r"test set: ([0-9.]+)", printed).group(1)) > 0.9
 
 
+@pytest.mark.full
 def test_a_step_of_the_recommender_is_that_of_dense_gradients():
     model = recommender.TwoTowers(NUM_SENSES, 3, 8)
     batches = np.random.default_rng(0).integers(0, [20, 3, 20], (3, 30, 3)).astype(np.int32)

@@ -36,6 +36,7 @@ def mrr(output):
     return re.findall(r"MRR ([\d.]+)", output)
 
 
+@pytest.mark.full
 def test_all_ways_train_to_the_same_mrr(tmp_path):
     one, *many = mrr(run("data_parallel.py", "--devices=4"))
     assert float(one) > 0

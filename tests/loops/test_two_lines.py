@@ -17,8 +17,8 @@ from flax.training.train_state import TrainState
 import jaxaccum
 
 ROWS, WIDTH = 11, 3
-IDS = jnp.array([[4, 1, 4, 10], [7, 7, 2, 1], [0, 1, 0, 9]])
-TARGETS = jnp.linspace(-1.0, 1.0, 4)
+IDS = jnp.array([[4, 1, 4, 10], [7, 7, 2, 1], [0, 1, 0, 9]], jnp.int32)
+TARGETS = jnp.linspace(-1.0, 1.0, 4, dtype=jnp.float32)
 EVERY_ROW = jnp.stack([jnp.arange(ROWS), jnp.arange(ROWS)[::-1]])
 
 

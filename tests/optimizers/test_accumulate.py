@@ -304,7 +304,7 @@ def test_an_id_beyond_its_table_is_refused_whatever_row_count_the_gradient_claim
     assert not np.any(updates.row_mask)
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", in_breadth([False, True], {True}))
 def test_a_table_of_no_rows(jit):
     tx, table = jaxaccum.accumulate(optax.adam(0.1), 1, tables=True, capacity=1), jnp.ones((0, 4))
     update = jax.jit(tx.update) if jit else tx.update
@@ -314,7 +314,7 @@ def test_a_table_of_no_rows(jit):
     assert jaxaccum.apply_updates(table, updates).shape == (0, 4)
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", in_breadth([False, True], {False}))
 def test_a_transform_that_keeps_a_typed_random_key(jit):
     tx = make(optax.chain(optax.add_noise(0.0, 0.5, jax.random.key(3)), optax.sgd(1.0)), 1)
     params, grads = make_params(), make_grads(0)

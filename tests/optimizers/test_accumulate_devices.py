@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from breadth import in_breadth
 from devices import MESHES, WAYS, on_devices
 from jax.sharding import PartitionSpec
 
@@ -85,7 +86,7 @@ def expected(ids, values, capacity, num_required):
     return {"bias": bias, "table": table[:ROWS]}, steps
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", in_breadth(WAYS, {"shard_map"}))
 @pytest.mark.parametrize("capacity", [5, 21])
 def test_devices_step_together(way, capacity):
     ids, values = draw(1)
@@ -138,7 +139,9 @@ def test_an_axis_that_is_not_there():
         )
 
 
-@pytest.mark.parametrize("rows", [ROWS, 1_000])  # exchanged as a dense table, and as rows
+@pytest.mark.parametrize(
+    "rows", in_breadth([ROWS, 1_000], {1_000})
+)  # exchanged as a dense table, and as rows
 def test_the_state_goes_in_and_out_of_shard_map_donated(rows):
     ids, values = draw(1)
     tx = jaxaccum.accumulate(optax.sgd(1.0), 20, tables=TABLES, capacity=5, axis_name="data")

@@ -127,7 +127,7 @@ def test_it_keeps_its_rules_over_random_gradients(capacity, options, seed):
     assert (model.num_early > 0) == (on_overflow == "step")
 
 
-@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("jit", in_breadth([False, True], {True}))
 def test_an_early_step_is_the_mean_of_what_was_held(jit):
     tx = jaxaccum.accumulate(optax.sgd(1.0), 3, tables={"bias": False, "table": True}, capacity=2)
     params = {"bias": jnp.zeros(1), "table": jnp.zeros((6, 1))}
@@ -245,7 +245,7 @@ def test_means_are_of_weighted_gradients(reduction):
     assert (state.total_weight, state.global_step) == (0, 10)
 
 
-@pytest.mark.parametrize("on_overflow", ["step", "refuse"])
+@pytest.mark.parametrize("on_overflow", in_breadth(["step", "refuse"], {"step"}))
 def test_under_shard_map_each_device_keeps_its_own(on_overflow):
     """What varies over the mesh, and what does not yet, may meet in branches and loops."""
     options = {"tables": {"bias": False, "table": True}, "on_overflow": on_overflow}

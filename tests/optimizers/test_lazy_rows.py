@@ -123,9 +123,7 @@ def jitted(tx):
 BATCHES = ([4, 1, 4, ROWS], [7, 7, 2, 1], [ROWS, 1, 0, 12], [ROWS] * 4)
 
 
-@pytest.mark.parametrize(
-    "name", in_breadth(SEPARABLE, {"adamw", "chain", "masked", "partition", "inject_hyperparams"})
-)
+@pytest.mark.parametrize("name", in_breadth(SEPARABLE, {"adamw", "chain", "partition"}))
 def test_touched_rows_get_what_the_dense_transform_gives_them(name):
     tx = SEPARABLE[name]
     lazy = jaxaccum.lazy_rows(tx)

@@ -23,7 +23,8 @@ RUN = """
 import pathlib, sys, jax, jaxaccum, jax.numpy as jnp
 steps = jax.export.deserialize(pathlib.Path(sys.argv[1]).read_bytes())
 state = jaxaccum.init((1000, 4), jnp.bfloat16, capacity=32, reduction="sum")
-grad = jaxaccum.IndexedSlices(jnp.array([7, 3, 7], jnp.int32), jnp.ones((3, 4), jnp.bfloat16), (1000, 4))
+ids, values = jnp.array([7, 3, 7], jnp.int32), jnp.ones((3, 4), jnp.bfloat16)
+grad = jaxaccum.IndexedSlices(ids, values, (1000, 4))
 state, taken = steps.call(state, grad)
 print(type(taken).__name__, taken.indices[:3].tolist(), taken.values[:2, 0].tolist(), state.dtype)
 """

@@ -24,6 +24,7 @@ WHERE = [1, 2, 10, 5, 1]  # the rows that IDS mean
 WILD = jnp.array([1, 20, -30, 11, -11], jnp.int32)
 ONES = jnp.ones((5, WIDTH), jnp.float32)
 ONE = jnp.ones(WIDTH, jnp.float32)
+ROW_SCALES = jnp.arange(2, 2 + ROWS, dtype=jnp.float32)
 COLUMN_SCALES = jnp.array([2.0, 3.0, 0.5, 5.0], jnp.float32)
 
 
@@ -170,7 +171,7 @@ LOOKUPS = {
     ),
     "scaled by one number of rank 2": (lambda t, i: (t / COLUMN_SCALES[None, 1:2])[i], IDS, WHERE),
     "entries of rows scaled": (
-        lambda t, i: (t * jnp.arange(2.0, 2 + ROWS, dtype=jnp.float32)[:, None])[i, i % WIDTH], IDS, WHERE,
+        lambda t, i: (t * ROW_SCALES[:, None])[i, i % WIDTH], IDS, WHERE,
     ),
     "jit": (jax.jit(lambda t, i: t[i]), IDS, WHERE),
     "checkpoint": (jax.checkpoint(lambda t, i: jnp.cos(t[i])), IDS, WHERE),

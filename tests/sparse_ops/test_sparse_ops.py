@@ -199,6 +199,7 @@ def test_check_grads_to_second_order():
     check_grads(cut, (a.data,), modes=["rev"], order=2, **EXACT)
 
 
+@pytest.mark.full
 def test_rules_give_what_the_raw_ops_give():
     rng = np.random.default_rng(14)
     a, b = (random_bcoo(rng, (3, 4), 9, "float32", "flagged") for _ in range(2))
@@ -269,6 +270,7 @@ def test_values_of_other_dtypes_beside_a_differentiated_one():
     assert jax.grad(loss)(1.0) == float(np.sum([*entries(a).values(), *entries(b).values()]))
 
 
+@pytest.mark.full
 def test_modes_agree():
     rng = np.random.default_rng(8)
     pairs = [[random_bcoo(rng, (3, 4), n, "float32", "wild") for n in (7, 6)] for _ in range(3)]
@@ -332,6 +334,7 @@ def test_sorted_operands_are_not_sorted_again():
         ),
     ],
 )
+@pytest.mark.full
 def test_every_device_may_have_matrices_of_its_own(is_sorted, nse):
     """Under jax.shard_map with its check on, which tells what differs by device."""
     rng, num_devices, side = np.random.default_rng(nse), 8, 200
