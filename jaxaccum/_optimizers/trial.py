@@ -30,6 +30,7 @@ from jax.tree_util import PyTreeDef
 from jax.typing import ArrayLike
 
 from jaxaccum._optimizers.optax_import import Transform
+from jaxaccum._optimizers.row_numbers import is_row_named
 from jaxaccum._optimizers.state_layout import lay_out_rows, refusal, struct
 from jaxaccum._rows.tree import Leaf, PyTree
 
@@ -41,6 +42,10 @@ _TRIAL_ROWS = 4
 _ORDER, _COMPACT = (2, 3, 1, 0), (0, 1)
 # The coupling looked for is a factor, rounding is not: anything between tells them apart.
 _TOLERANCE = 1e-3
+_BY_POSITION = (
+    "it treats rows by their position, which in the block of touched rows is not their number (to "
+    "leave rows of a table as they are, use jaxaccum.freeze_rows)"
+)
 # What the last step of a trial comes to, by name: leaves of the state and of the updates.
 _Outcome: TypeAlias = dict[str, list[Leaf]]
 
@@ -78,14 +83,14 @@ def check_row_separable(
                 "lars, whose trust ratio is a norm of the whole table, in adafactor and in muon)"
             )
         if not agree(compact, moved) and not _only_noise_moves(trial, scales):
-            raise refusal(
-                "it treats rows by their position, which in the block of touched rows is not their "
-                "number (to leave rows of a table as they are, use jaxaccum.freeze_rows)"
-            )
+            raise refusal(_BY_POSITION)
         if not agree(_first_row(whole), _first_row(mixed)):
             raise refusal(
                 "it mixes the entries of different rows (as in muon, shampoo, or sm3's columns)"
             )
+    # Four rows do not show what happens to the eighth.
+    if is_row_named(tx, params, treedef, tables, trial.extra_args):
+        raise refusal(_BY_POSITION)
 
 
 def _only_noise_moves(trial: Trial, scales: np.ndarray) -> bool:

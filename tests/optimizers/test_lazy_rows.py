@@ -259,6 +259,11 @@ BY_POSITION = {
     "a rate by position": lambda x: x * jnp.arange(x.shape[0])[:, None],
     "minus the first row": lambda x: x - x[:1],
     "running sums": lambda x: jnp.cumsum(x, axis=0),
+    # Rows beyond those of any trial.
+    "freezes the eighth row": lambda x: x.at[7].set(0),
+    "freezes a thousand rows": lambda x: jnp.where((jnp.arange(len(x)) < 1000)[:, None], 0, x),
+    "freezes rows of a list": lambda x: x.at[jnp.array([9, 6])].multiply(0),
+    "writes a row": lambda x: jax.lax.dynamic_update_slice(x, x[:1] * 0, (8, 0)),
 }
 
 

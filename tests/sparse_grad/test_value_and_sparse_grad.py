@@ -741,9 +741,9 @@ def taken_columns(table):
 
 
 def branched_columns(table):
-    column = jnp.array([0, 2])
+    columns, zero = jnp.array([0, 2]), jnp.float32(0)
     return lax.cond(
-        table[0, 0] > 0, lambda t: jnp.sum(t[:, column]), lambda t: jnp.float32(0), table
+        table[0, 0] > 0, lambda t: jnp.sum(t[:, columns]), lambda t: zero, table
     )  # here
 
 
