@@ -741,10 +741,9 @@ def taken_columns(table):
 
 
 def branched_columns(table):
-    columns, zero = jnp.array([0, 2]), jnp.float32(0)
-    return lax.cond(
-        table[0, 0] > 0, lambda t: jnp.sum(t[:, columns]), lambda t: zero, table
-    )  # here
+    columns = jnp.array([0, 2])
+    branches = lambda t: jnp.sum(t[:, columns]), lambda t: jnp.float32(0)  # here
+    return lax.cond(table[0, 0] > 0, *branches, table)
 
 
 def looped_columns(table):
