@@ -1,10 +1,8 @@
 """Strictness for every test: no silent promotion, several devices, x64 by ``JAX_ENABLE_X64``."""
 
 import contextlib
+import importlib.metadata
 import os
-
-# Read once, when the first device is asked for; so before jax is imported.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import hypothesis
 import jax
@@ -29,7 +27,19 @@ def pytest_addoption(parser):
     )
 
 
+DEVICES = "--xla_force_host_platform_device_count=8"
+# Much of a run is XLA making programs fast that run once. By default they are compiled with less
+# care, and with --full as users get them: what is computed must be the same. A flag that a version
+# does not know would end the process, so each version has its own.
+_HASTY = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+HASTY = {"0.10": f"{_HASTY} --xla_cpu_use_fusion_emitters=false", "0.12": _HASTY}
+
+
 def pytest_configure(config):
+    # Read once, when the first device is asked for: before any test is imported.
+    version = ".".join(importlib.metadata.version("jaxlib").split(".")[:2])
+    hasty = "" if config.getoption("--full") else HASTY.get(version, "")
+    os.environ.setdefault("XLA_FLAGS", f"{DEVICES} {hasty}")
     if config.getoption("--full"):
         hypothesis.settings.load_profile("full")
         if not config.getoption("--hypothesis-seed"):
