@@ -248,6 +248,7 @@ def test_each_micro_batch_draws_its_own_negatives(data):
     assert len(np.unique(losses)) == 30
 
 
+@pytest.mark.full  # it reads the program that users get
 def test_scan_writes_no_array_of_the_size_of_a_table(data):
     _, args = example.parse(["--dims=8"])
     graph = model.Graph([""] * 117_659, [""] * 26, *[np.zeros((1, 3), np.int32)] * 3)
