@@ -179,7 +179,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     rows = [harness.scaled(100_000), harness.scaled(1_000_000)]
     parser.add_argument("--rows", type=int, nargs="+", default=rows)
-    parser.add_argument("--peers", nargs="+", default=[*JAX_PEERS, "torch"])
+    peers = [*JAX_PEERS, *(["torch"] if harness.is_installed("torch") else [])]
+    parser.add_argument("--peers", nargs="+", default=peers)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--name", default="train_step")
     parser.add_argument("--crossing", action="store_true", help="where the dense step wins")
