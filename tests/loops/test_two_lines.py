@@ -19,7 +19,7 @@ import jaxaccum
 ROWS, WIDTH = 11, 3
 IDS = jnp.array([[4, 1, 4, 10], [7, 7, 2, 1], [0, 1, 0, 9]], jnp.int32)
 TARGETS = jnp.linspace(-1.0, 1.0, 4, dtype=jnp.float32)
-EVERY_ROW = jnp.stack([jnp.arange(ROWS), jnp.arange(ROWS)[::-1]])
+EVERY_ROW = jnp.stack([jnp.arange(ROWS), jnp.arange(ROWS)[::-1]]).astype(jnp.int32)
 
 
 pytestmark = pytest.mark.usefixtures("as_it_comes")
