@@ -34,9 +34,9 @@ PATHS = {
     "sum_duplicates": (TABLES, 2 * MB, 1, 1),
     "value_and_sparse_grad": (TABLES, 2 * MB, 0, 0),
     "lazy_adam": (TABLES, 4 * MB, 1, 1),
-    "accumulated_adam": (TABLES, 30 * MB, 1, 0),
+    "accumulated_adam": (TABLES, 30 * MB, 1, 1),  # a second round where rows overflow
     "rowwise_adagrad": (TABLES, 4 * MB, 2, 2),
-    "accumulated_adagrad": (TABLES, 30 * MB, 2, 1),
+    "accumulated_adagrad": (TABLES, 30 * MB, 2, 2),
 }
 FIRST, SECOND = HERE[:1], HERE[1:]  # the second target is asked for less
 CASES = [
@@ -69,9 +69,12 @@ def test_one_device(target, path, columns, dtype, known):
     assert not program.copies_of(20 * MB)
     # XLA for TPUs sorts the updates of a scatter, or puts a loop round it, where it sees fit.
     if target in targets.GPUS:
-        assert program.opcodes["sort"] <= sorts
+        # Rows of 16 bits are summed once more before they are rounded into the table.
+        again = dtype == jnp.bfloat16 and path.endswith("adam")
+        assert program.opcodes["sort"] <= sorts + again
         # Whether an id of an unknown vocabulary has found its place is asked in a loop.
-        assert program.opcodes["while"] <= loops + (not known and path in ("apply", "merge"))
+        probes = not known and path in ("apply", "merge")
+        assert program.opcodes["while"] <= loops + again + probes
 
 
 @pytest.mark.parametrize("target", FIRST)
