@@ -25,6 +25,7 @@ from jaxaccum._optimizers.optax_import import Transform, import_optax
 from jaxaccum._optimizers.state_layout import RowLayout, lay_out_rows, struct, struct_of
 from jaxaccum._optimizers.trial import TrialFailedError, check_row_separable
 from jaxaccum._optimizers.unique_leaf import UniqueRows, fit_updates
+from jaxaccum._rows.cpu_workarounds import bound_indices
 from jaxaccum._rows.indexed_slices import IndexedSlices, fit_to_table
 from jaxaccum._rows.row_arithmetic import gather_rows, scatter_rows
 from jaxaccum._rows.row_major import warn_if_copied
@@ -295,7 +296,8 @@ def _fit(leaf: IndexedSlices | UniqueRows, param: Leaf, name: str) -> IndexedSli
     shape = leaf.slices.dense_shape
     if param is not None and param.shape != shape:
         raise ValueError(f"{name} has shape {shape}, its table {param.shape}")
-    return leaf.slices
+    indices = bound_indices(leaf.slices.indices, leaf.slices.padding_index)
+    return dataclasses.replace(leaf.slices, indices=indices)
 
 
 def flatten_like(treedef: PyTreeDef, params: PyTree) -> list[Leaf]:
