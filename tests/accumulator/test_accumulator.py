@@ -173,6 +173,21 @@ def test_any_program_equals_the_oracle(way, rows, reduction, program):
         pair.compare()
 
 
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_weights_are_exact(reduction):
+    pair = Pair(ROWS, reduction, *WAYS["weighted"])
+    pair.set_step(5)
+    for age, ids in enumerate(([1, 2, 1], [2, 3], [3, 1, 5], [4, 4])):
+        pair.apply((ids, age), -age)
+        pair.compare()
+    assert pair.oracle.verdicts == [3, 1, 0, 0, 0]
+    pair.merge([([2, 5], 7), ([5], 8)])
+    pair.grow()
+    pair.compare()
+    pair.take(5)
+    pair.compare()
+
+
 LENGTH = 8
 scan_steps = st.tuples(st.integers(0, 2), gradients(), st.integers(-1, 1))
 
