@@ -15,6 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
 
 import equinox_word_embeddings as words
 import flax_recommender as recommender
+import overnight
 
 NUM_SENSES = 60
 
@@ -76,11 +77,34 @@ def test_word_embeddings_learn(capsys):
     assert probes
 
 
+@pytest.mark.parametrize("fixed", [[], pytest.param(["--fixed"], marks=pytest.mark.full)])
+def test_a_run_goes_on_through_the_night(fixed, capsys):
+    """Early steps begin with the flatter half, and end where the capacity grows."""
+    small = ["--rows=5000", "--dim=8", "--batch-size=64", "--micro-batches=4", "--bad=0.01"]
+    with jax.numpy_dtype_promotion("standard"):  # which optax's Adam needs
+        overnight.main([*small, "--batches=480", "--report=80", "--learning-rate=0.1", *fixed])
+    printed = capsys.readouterr().out.replace(",", "")
+    row = r"│ (\d+) +│ ([0-9.]+) +│ (\d+) +│ (\d+) +│ (\d+) +│ 2\^(-?\d+) +│ (\d+) of (\d+) +│"
+    rows = np.array(re.findall(row, printed), float)
+    batches, losses, steps, early, skipped, scale, peak, capacity = rows.T
+    assert batches.tolist() == [80, 160, 240, 320, 400, 480]
+    assert losses[2] < 0.8 * losses[0]
+    assert early[:3].tolist() == [0, 0, 0]
+    assert early[3] > 5
+    assert (early[5] > early[4]) == bool(fixed)
+    assert (capacity[4] > peak[5]) != bool(fixed)
+    assert 9 < skipped[5] < 30
+    # Without early steps there is one for each four gradients that are not skipped.
+    assert steps[2] == (240 - skipped[2]) // 4
+    assert scale.max() < 24
+
+
 @pytest.mark.parametrize(
     ("example", "options", "message"),
     [
         (words, ["--dim=0"], "equinox_word_embeddings: dim must be positive\n"),
         (words, ["--words=10"], "equinox_word_embeddings: too few words in the library's text\n"),
+        (overnight, ["--report=0"], "overnight: report must be positive\n"),
         (recommender, ["--batch=0"], "flax_recommender: --batch, --epochs and --dim must be "),
         (recommender, ["--data=/nowhere/graph.npz"], "flax_recommender: [Errno 2] No such file"),
     ],
