@@ -188,14 +188,21 @@ def add_claimed(
     ids: jax.Array,
     values: jax.Array,
     touches: jax.Array,
+    *,
+    is_whole: bool = True,
 ) -> AccumulatorState:
-    """Adds to rows whose slots the state's index has already given in ``claim``."""
+    """Adds to rows whose slots the state's index has already given in ``claim``.
+
+    Of the slices of a claim some may be added, and the others later; then ``is_whole`` is false,
+    and the new rows among the first are anywhere in the free slots.
+    """
     # Repetitions all write the same count: a gradient counts once for each row it touches.
     counts = state.counts.at[claim.slot].get(mode="fill", fill_value=0)
     is_float = jnp.issubdtype(counts.dtype, jnp.floating)
     counts = counts + touches if is_float else saturating_add(counts, touches)
+    on_tpu = _add_by_block if is_whole else _add_by_row
     indices, sums = jax.lax.platform_dependent(
-        state, claim, ids, values.astype(state.values.dtype), tpu=_add_by_block, default=_add_by_row
+        state, claim, ids, values.astype(state.values.dtype), tpu=on_tpu, default=_add_by_row
     )
     return dataclasses.replace(
         state,
