@@ -27,12 +27,12 @@ from jaxaccum._accumulator.state import (
 from jaxaccum._distributed.exchange import AxisName
 from jaxaccum._optimizers.lazy_rows import flatten_like
 from jaxaccum._optimizers.suggest_capacity import add_margin
-from jaxaccum._optimizers.varying import vary_along
 from jaxaccum._rows.on_mesh import match_rows
 from jaxaccum._rows.public import public, pytree
 from jaxaccum._rows.row_arithmetic import sum_dtype
 from jaxaccum._rows.tables import select_tables
 from jaxaccum._rows.tree import PyTree
+from jaxaccum._rows.varying import vary_along
 
 # What devices do not have in common.
 _OWN = (
