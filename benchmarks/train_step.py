@@ -15,12 +15,14 @@ each on ids that none of the fifteen steps before has seen:
 
     python benchmarks/train_step.py [--rows 100000 1000000] [--peers lazy multi_steps torch]
     python benchmarks/train_step.py --crossing
+    python benchmarks/train_step.py --tables 26   # seconds to compile, and a step, of so many
 """
 
 from __future__ import annotations
 
 import argparse
 import functools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -175,6 +177,73 @@ def compare(rows: int, peers: list[str], repeats: int) -> dict[str, Any]:
     return row
 
 
+def many_loss(params: Any, ids: Any) -> jax.Array:
+    rows = jnp.concatenate([params[name][ids[name]] for name in params], axis=1)
+    return jnp.mean((rows @ jnp.full(rows.shape[1], 0.1) - 1.0) ** 2)
+
+
+def many(peer: str) -> Any:
+    """Peers on a dict of tables; ``alone`` is `lazy_rows` on all micro-batches' ids at once."""
+    if peer == "multi_steps":
+        tx = optax.MultiSteps(optax.adam(1e-3), MICRO_BATCHES)
+        return scanned(tx, jax.value_and_grad(many_loss), optax.apply_updates)
+    lazy_adam = jaxaccum.lazy_rows(optax.adam(1e-3))
+    grad_fn = jaxaccum.value_and_sparse_grad(many_loss, tables=True)
+    if peer == "lazy":
+        capacity = MICRO_BATCHES * BATCH
+        tx = jaxaccum.accumulate(lazy_adam, MICRO_BATCHES, tables=True, capacity=capacity)
+        return scanned(tx, grad_fn, jaxaccum.apply_updates)
+
+    def step(params: Any, state: Any, ids: Any) -> Any:
+        _, grads = grad_fn(params, {name: i.reshape(-1) for name, i in ids.items()})
+        updates, state = lazy_adam.update(grads, state, params)
+        return jaxaccum.apply_updates(params, updates), state
+
+    return lazy_adam.init, step
+
+
+def compare_many(tables: int, rows: int, repeats: int) -> dict[str, Any]:
+    """Compiling in turns, from the traced function to the program; then steps, in turns too."""
+    rng = np.random.default_rng(0)
+    names = [f"table{k:02d}" for k in range(tables)]
+    params = dict.fromkeys(names, jax.ShapeDtypeStruct((rows, WIDTH), jnp.float32))
+    ids = dict.fromkeys(names, jax.ShapeDtypeStruct((MICRO_BATCHES, BATCH), jnp.int32))
+    row: dict[str, Any] = {"tables": tables, "rows": rows}
+    programs, seconds = {}, dict[str, list[float]]()
+    for peer in ("multi_steps", "lazy", "alone") * 3:
+        tx_init, step = many(peer)
+        state = jax.eval_shape(tx_init, params)
+        start = time.perf_counter()
+        step = jax.jit(step, donate_argnums=(0, 1))
+        programs[peer] = tx_init, step.lower(params, state, ids).compile()
+        seconds.setdefault(peer, []).append(time.perf_counter() - start)
+    row |= {f"{peer}_compile_s": round(min(times), 2) for peer, times in seconds.items()}
+    row["lazy_over_multi_steps"] = round(min(seconds["lazy"]) / min(seconds["multi_steps"]), 2)
+    batches = [
+        {
+            name: jnp.asarray(rng.integers(0, rows, (MICRO_BATCHES, BATCH)), jnp.int32)
+            for name in ids
+        }
+        for _ in range(4)
+    ]
+
+    def stepper(peer: str) -> Callable[[], Any]:
+        tx_init, compiled = programs[peer]
+        full = {name: jnp.ones((rows, WIDTH)) for name in names}
+        carry, turn = [full, jax.jit(tx_init)(full)], iter(range(1 << 30))
+
+        def run() -> Any:
+            carry[:] = compiled(*carry, batches[next(turn) % len(batches)])
+            return carry
+
+        return run
+
+    steps = {peer: stepper(peer) for peer in ("lazy", "alone")}
+    times = harness.interleaved_ms(steps, repeats=repeats, warmup=1, in_a_row=2)
+    row |= {f"{peer}_ms": round(value, 1) for peer, value in times.items()}
+    return row | {"lazy_over_alone": round(times["lazy"] / times["alone"], 2)}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     rows = [harness.scaled(100_000), harness.scaled(1_000_000)]
@@ -184,12 +253,18 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--name", default="train_step")
     parser.add_argument("--crossing", action="store_true", help="where the dense step wins")
+    parser.add_argument("--tables", type=int, help="compile and step so many tables")
     args = parser.parse_args()
+    note = f"{MICRO_BATCHES} micro-batches of {BATCH} uniform ids, rows of {WIDTH} float32, Adam"
+    if args.tables:
+        jax.config.update("jax_enable_compilation_cache", False)
+        row = compare_many(args.tables, harness.scaled(100_000), args.repeats)
+        harness.report("train_step_tables", [row], note=note)
+        return
     if args.crossing:
         args.rows, args.peers = [2**k for k in range(11, 19)], ["lazy", "multi_steps", "dense"]
         args.name, args.repeats = "train_step_crossing", 21
     rows = [compare(rows, args.peers, args.repeats) for rows in args.rows]
-    note = f"{MICRO_BATCHES} micro-batches of {BATCH} uniform ids, rows of {WIDTH} float32, Adam"
     harness.report(args.name, rows, note=note)
 
 

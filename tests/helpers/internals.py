@@ -4,6 +4,7 @@ A test should rather go by what users have. These are parts whose promises are f
 outside, parts of which there are two that must agree, and lists that must be complete.
 """
 
+from jaxaccum._accumulator import pooled_rows
 from jaxaccum._accumulator.counters import saturating_add, saturating_sum
 from jaxaccum._coordinator.coordinator import Coordinator
 from jaxaccum._rows.prefix_sums import as_words, count_before, rank_in_words, sum_before
@@ -24,6 +25,7 @@ __all__ = [
     "count_before",
     "keys",
     "match",
+    "pooled_rows",
     "rank_in_words",
     "saturating_add",
     "saturating_sum",
