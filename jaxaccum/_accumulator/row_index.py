@@ -79,6 +79,7 @@ class DirectMap:
         """Returns the map of a table of ``rows`` rows, none of them held."""
         return cls(jnp.full(max(rows, 1), NOWHERE, jnp.int32))
 
+    @jax.named_scope("jaxaccum.claim")
     def bid(self, ids: jax.Array, capacity: int) -> tuple[DirectMap, Bid]:
         """Enters ids, and tells how many rows are new; `settle` must follow."""
         # Each id bids for its row with its position, put above every slot in use: a row that has a
@@ -91,6 +92,7 @@ class DirectMap:
         before = count_before(is_first)
         return DirectMap(bids), Bid(ids, winner, is_first, before[:-1], before[-1])
 
+    @jax.named_scope("jaxaccum.claim")
     def settle(
         self, bid: Bid, num_rows: jax.Array, capacity: int, fits: jax.Array
     ) -> tuple[DirectMap, Claim]:
@@ -250,6 +252,7 @@ def _advance(place: jax.Array, step: jax.Array, num_places: int) -> jax.Array:
 _Probe = tuple[jax.Array, jax.Array, jax.Array]  # keys; place and "still probing" of each id
 
 
+@jax.named_scope("jaxaccum.claim")
 def _insert(keys: jax.Array, ids: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
     """Enters ids into the table: new keys, and the place of each id.
 

@@ -101,6 +101,7 @@ class _Tally(NamedTuple):
         return cls(num_rows[:, 0], accumulated[:, 0], shared[:, 0], step[:, 0], *verdicts)
 
 
+@jax.named_scope("jaxaccum.exchange")
 def exchange_union(
     state: AccumulatorState,
     axis_name: AxisName,
