@@ -78,20 +78,19 @@ def all_merge(
     ids = jnp.where(merged, union.rows.ids, NOWHERE)
     rows = union.rows._replace(slot=jnp.where(merged, union.rows.slot, NOWHERE))
     row_index, _ = state.row_index.drain(state.indices, jnp.where(merged, state.num_rows, 0))
-    # Slots are given in order of position: each row gets the slot it stands at.
-    row_index, claim = row_index.claim(ids, jnp.int32(0), state.capacity)
+    slot = jnp.where(ids == NOWHERE, NOWHERE, jnp.arange(ids.shape[0], dtype=jnp.int32))
     padding = padding_index(state.dense_shape)
     indices = jnp.where(merged, padding, state.indices)
     return dataclasses.replace(
         _count_all(state, union),
-        indices=indices.at[claim.slot].set(ids, mode="drop"),
+        indices=indices.at[slot].set(ids, mode="drop"),
         values=rows.write_sums(state.values, rows.values),
         counts=rows.write_sums(jnp.where(merged, 0, state.counts), rows.counts),
         num_rows=jnp.where(merged, rows.num_rows, state.num_rows),
         num_accumulated=jnp.where(merged, union.num_accumulated, state.num_accumulated),
         num_shared=jnp.where(merged, union.num_accumulated, state.num_shared),
         global_step=jnp.where(merged, union.global_step, state.global_step),
-        row_index=row_index,
+        row_index=row_index.enter(ids),
     ), union.verdict
 
 

@@ -265,7 +265,7 @@ def _add_parts(
         slot, is_first, ids, values = part
         num_new = jnp.sum(is_first, dtype=jnp.int32)
         part_claim = Claim(slot, is_first, num_new, all_fit)
-        return add_claimed(state, part_claim, ids, values, jnp.int32(1)), None
+        return add_claimed(state, part_claim, ids, values, jnp.int32(1), is_whole=False), None
 
     parts = (slot, is_first, ids, values)
     state, _ = add(state, jax.tree.map(lambda x: x[0], parts))

@@ -27,7 +27,7 @@ from jaxaccum._optimizers.micro_batch_state import (
 from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._optimizers.take_step import no_updates, over_devices, take_step
 from jaxaccum._optimizers.unique_leaf import fit_updates
-from jaxaccum._optimizers.varying import vary_like
+from jaxaccum._rows.varying import vary_like
 from jaxaccum._rows.tree import PyTree
 
 if TYPE_CHECKING:

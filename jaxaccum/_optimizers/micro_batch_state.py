@@ -24,7 +24,7 @@ from jaxaccum._accumulator.state import (
 from jaxaccum._accumulator.state import init as init_sums
 from jaxaccum._distributed.exchange import AxisName
 from jaxaccum._optimizers.lazy_rows import flatten_like
-from jaxaccum._optimizers.varying import vary_along
+from jaxaccum._rows.varying import vary_along
 from jaxaccum._rows.on_mesh import match_rows
 from jaxaccum._rows.public import one_line, public, pytree
 from jaxaccum._rows.row_arithmetic import sum_dtype
