@@ -278,4 +278,9 @@ def _get_length(state: AccumulatorState) -> int:
         raise ValueError(
             f"state must have a known row count to be sharded, got dense_shape {state.dense_shape}"
         )
+    if state.is_weighted or state.max_staleness:
+        raise ValueError(
+            "state must be made without max_staleness and weighted, which all_apply knows nothing "
+            f"of, got {state.max_staleness} and {state.is_weighted}"
+        )
     return rows
