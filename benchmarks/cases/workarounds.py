@@ -6,6 +6,7 @@ may go.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ import jaxaccum
 from benchmarks.harness import Figures, Step, case, donated, measure
 from benchmarks.workloads import WIDTH
 from jaxaccum._distributed import exchange
-from jaxaccum._rows import cpu_workarounds, row_arithmetic
+from jaxaccum._rows import cpu_workarounds, prefix_sums, row_arithmetic
 
 
 def lazy_step(optimizer: optax.GradientTransformation, rows: int, ids: int) -> Step:
@@ -57,6 +58,31 @@ def add_parts(rows: int, ids: int) -> Step:
     return donated(add, jnp.zeros((ids, WIDTH)), jnp.asarray(slots, jnp.int32), slices)
 
 
+def accumulate_rows(rows: int, ids: int, takes: bool) -> Step:
+    """An apply of narrow rows, in which counting what comes before weighs most; or with a take."""
+    rng = np.random.default_rng(0)
+    drawn = jnp.asarray(rng.choice(rows, min(4 * ids, rows), replace=False), jnp.int32)
+    grad = jaxaccum.IndexedSlices(drawn, jnp.ones((len(drawn), 1)), (rows, 1))
+
+    def run(carry: Any, grad: jaxaccum.IndexedSlices) -> Any:
+        state, result = jaxaccum.apply(carry[0], grad, local_step=0)
+        if takes:
+            state, result, _ = jaxaccum.take(state)
+        return state, result
+
+    state = jaxaccum.init((rows, 1), capacity=len(drawn))
+    return donated(run, run((state, None), grad), grad)
+
+
+def add_up(counts: jax.Array) -> jax.Array:
+    return jnp.cumsum(counts, dtype=jnp.int32) - counts
+
+
+def count_bits(words: jax.Array) -> jax.Array:
+    bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return add_up(bits.reshape(-1).astype(jnp.int32))
+
+
 def leave(rows: jax.Array, indices: jax.Array) -> jax.Array:
     del indices
     return rows
@@ -66,6 +92,18 @@ def leave(rows: jax.Array, indices: jax.Array) -> jax.Array:
 DETOURS: dict[str, tuple[Callable[[int, int], Step], Any, str, Callable[..., jax.Array]]] = {
     "lazy_rows(adam)": (adam, row_arithmetic, "compute_with", leave),
     "lazy_rows(sgd), momentum": (momentum, row_arithmetic, "compute_with", leave),
+    "apply of 65,536 ids": (
+        functools.partial(accumulate_rows, takes=False),
+        prefix_sums,
+        "count_by_words",
+        count_bits,
+    ),
+    "apply and take of 65,536 ids": (
+        functools.partial(accumulate_rows, takes=True),
+        prefix_sums,
+        "sum_by_blocks",
+        add_up,
+    ),
     "sums of all_merge": (
         add_parts,
         exchange,

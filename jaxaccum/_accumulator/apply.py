@@ -16,6 +16,7 @@ from jaxaccum._accumulator.row_index import NOWHERE, Bid, Claim, DirectMap, Hash
 from jaxaccum._accumulator.state import AccumulatorState, Verdict, as_int32
 from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
 from jaxaccum._rows.on_mesh import match_rows, unshard
+from jaxaccum._rows.row_arithmetic import expand_to_rows
 
 
 def apply(
@@ -189,24 +190,61 @@ def add_claimed(
     touches: jax.Array,
 ) -> AccumulatorState:
     """Adds to rows whose slots the state's index has already given in ``claim``."""
-    dropped = state.capacity + jnp.arange(ids.shape[0], dtype=jnp.int32)
-    new = jnp.where(claim.is_first & claim.fits, claim.slot, dropped)
-    # The first slice of a new row overwrites what the slot was left with, which spares zeroing the
-    # values at every take; the others add. Dropped slices cost next to nothing.
-    values = values.astype(state.values.dtype)
-    sums = state.values.at[new].set(values, mode="drop", unique_indices=True)
-    sums = sums.at[jnp.where(claim.is_first, NOWHERE, claim.slot)].add(values, mode="drop")
     # Repetitions all write the same count: a gradient counts once for each row it touches.
     counts = state.counts.at[claim.slot].get(mode="fill", fill_value=0)
     is_float = jnp.issubdtype(counts.dtype, jnp.floating)
     counts = counts + touches if is_float else saturating_add(counts, touches)
+    indices, sums = jax.lax.platform_dependent(
+        state, claim, ids, values.astype(state.values.dtype), tpu=_add_by_block, default=_add_by_row
+    )
     return dataclasses.replace(
         state,
-        indices=state.indices.at[new].set(ids, mode="drop", unique_indices=True),
+        indices=indices,
         values=sums,
         counts=state.counts.at[claim.slot].set(counts, mode="drop"),
         num_rows=state.num_rows + jnp.where(claim.fits, claim.num_new, 0),
     )
+
+
+def _add_by_row(
+    state: AccumulatorState, claim: Claim, ids: jax.Array, values: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the indices and the sums with the slices added."""
+    dropped = state.capacity + jnp.arange(ids.shape[0], dtype=jnp.int32)
+    new = jnp.where(claim.is_first & claim.fits, claim.slot, dropped)
+    # The first slice of a new row overwrites what the slot was left with, which spares zeroing the
+    # values at every take; the others add. Dropped slices cost next to nothing.
+    sums = state.values.at[new].set(values, mode="drop", unique_indices=True)
+    sums = sums.at[jnp.where(claim.is_first, NOWHERE, claim.slot)].add(values, mode="drop")
+    return state.indices.at[new].set(ids, mode="drop", unique_indices=True), sums
+
+
+def _add_by_block(
+    state: AccumulatorState, claim: Claim, ids: jax.Array, values: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The same with one scatter of rows in place of two and one of numbers.
+
+    A TPU scatters row after row, dropped ones too. The slots of new rows lie side by side, so their
+    ids are sorted into a block, and their sums begin as a block of zeros.
+    """
+    num, num_rows = min(ids.shape[0], state.capacity), state.num_rows
+    new = jnp.where(claim.is_first & claim.fits, claim.slot, NOWHERE)
+    _, new_ids = jax.lax.sort((new, ids), num_keys=1)
+    # Where fewer than ``num`` slots are free, the block begins among those in use.
+    start = jnp.minimum(num_rows, state.capacity - num)
+    slot = start + jnp.arange(num, dtype=jnp.int32)
+    is_new = (slot >= num_rows) & (slot < num_rows + jnp.where(claim.fits, claim.num_new, 0))
+    shifted = jnp.concatenate([jnp.zeros(num, jnp.int32), new_ids[:num]])
+    new_ids = jax.lax.dynamic_slice_in_dim(shifted, num - (num_rows - start), num)
+    old_ids = jax.lax.dynamic_slice_in_dim(state.indices, start, num)
+    old_sums = jax.lax.dynamic_slice_in_dim(state.values, start, num)
+    # Negative zero is the neutral element, also of a lone -0.
+    zeros = -jnp.zeros_like(old_sums)
+    block = jnp.where(expand_to_rows(is_new, old_sums), zeros, old_sums)
+    sums = jax.lax.dynamic_update_slice_in_dim(state.values, block, start, 0)
+    block = jnp.where(is_new, new_ids, old_ids)
+    indices = jax.lax.dynamic_update_slice_in_dim(state.indices, block, start, 0)
+    return indices, sums.at[claim.slot].add(values, mode="drop")
 
 
 def table_rows(grad: IndexedSlices, rows: int | None) -> tuple[jax.Array, jax.Array]:

@@ -58,8 +58,9 @@ class Verdict(enum.IntEnum):
 class AccumulatorState:
     """Rows gathered so far. Made by `init`, never changed: functions return a new one.
 
-    Slots fill in order of first touch. Slots from ``num_rows`` on are free; their values are
-    whatever they were left with, and nothing reads them.
+    Slots fill from the first on, those of the new rows of one gradient in an order that depends on
+    the platform. Slots from ``num_rows`` on are free; their values are whatever they were left
+    with, and nothing reads them.
 
     Counters stay at ``2**31 - 1`` once they are there. ``"mean_per_row"`` and
     ``"mean_per_gradient"`` then divide by that, and ``global_step`` rises no further.

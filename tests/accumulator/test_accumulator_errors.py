@@ -88,7 +88,7 @@ def test_ids_of_64_bits_never_pass_the_door():
     fine = IndexedSlices(np.array([5, 2**31 - 2]), ONES[:2], None)
     state, verdict = jaxaccum.apply(jaxaccum.init((None, 2), capacity=4), fine)
     assert verdict == Verdict.ACCEPTED
-    assert state.indices[:2].tolist() == [5, 2**31 - 2]
+    assert sorted(state.indices[:2].tolist()) == [5, 2**31 - 2]
 
 
 @pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16, np.uint32, np.int64])
@@ -97,7 +97,7 @@ def test_indices_of_any_integer_dtype(dtype):
         make(), IndexedSlices(np.array([3, ROWS, 1], dtype), jnp.asarray(ONES), (ROWS, 2))
     )
     assert verdict == Verdict.ACCEPTED
-    assert state.indices.tolist() == [3, 1, ROWS, ROWS]
+    assert sorted(state.indices.tolist()) == [1, 3, ROWS, ROWS]
 
 
 def test_padding_is_the_gradients_own():
