@@ -84,7 +84,13 @@ class Plot:
 
 
 PLOTS = (
-    Plot("vocabulary", "train_step", "rows", "rows of the table", "A training step, by the table"),
+    Plot(
+        "vocabulary",
+        "train_step",
+        "rows",
+        "rows of the table",
+        "A training step, by the rows of its table",
+    ),
     Plot(
         "memory",
         "train_step",
@@ -186,6 +192,7 @@ def draw(plot: Plot, points: list[dict[str, Any]]) -> Figure:
         axes.set_title(plot.title.format(**shown[0]["at"]))
         at = sorted({x for xs, _ in curves.values() for x in xs})
         set_ticks(axes.xaxis, at if len(at) <= 4 else ticks(*axes.get_xlim()), count)
+        axes.set_ylim(*at_least_a_decade(*axes.get_ylim()))
         set_ticks(axes.yaxis, ticks(*axes.get_ylim()), amount(plot.metric))
         if len(values) == 1:
             label_lines(axes, curves)
@@ -257,6 +264,12 @@ def spread(heights: list[float], apart: float) -> list[float]:
                 moved[below] -= overlap / 2
                 moved[above] += overlap / 2
     return moved
+
+
+def at_least_a_decade(low: float, high: float) -> tuple[float, float]:
+    """Limits between which a small difference looks small."""
+    widen = max(1.0, math.sqrt(10 * low / high))
+    return low / widen, high * widen
 
 
 def ticks(low: float, high: float, most: int = 12) -> list[float]:

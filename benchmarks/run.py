@@ -156,6 +156,8 @@ class Run:
             self.begin(told["environment"])
         elif event == "start":
             say(f"{told['case']}: {told['point']}")
+            if not self.console.is_terminal:  # where no bar shows it
+                self.console.print(f"{told['case']}: {told['point']}", highlight=False)
         elif event == "peers":
             self.results.environment["versions"] |= told["versions"]
             self.left_out |= told["left_out"]
