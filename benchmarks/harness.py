@@ -88,13 +88,15 @@ class Haste:
 
 
 HASTE = Haste()
+# A row of slow calls is short: what others have left in the cache is then soon forgotten.
+ROW_SECONDS = 0.4
 
 
 def measure(
     steps: Mapping[str, Timed],
     *,
     seconds: float = 5.0,
-    turns: tuple[int, int] = (3, 60),
+    turns: tuple[int, int] = (5, 60),
     in_a_row: int = 5,
     wait_each: bool = True,
     per: int = 1,
@@ -105,7 +107,7 @@ def measure(
       steps: by line; the first is what ``times`` compares the others with.
       seconds: for how long turns are taken.
       turns: how many at least, and at most.
-      in_a_row: calls a turn.
+      in_a_row: calls a turn, fewer of slow steps.
       wait_each: whether each call is waited for and timed, or the row as a whole.
       per: how often a call does what the figures are of.
 
@@ -115,17 +117,23 @@ def measure(
     if HASTE.quick:
         seconds, turns, in_a_row = 0.0, (1, 1), 1
     taken: dict[str, list[float]] = {line: [] for line in steps}
-    for step in steps.values():
-        step.seconds(in_a_row)
+    in_row = {line: calls_in_a_row(step, in_a_row) for line, step in steps.items()}
     start = time.perf_counter()
     for turn in range(turns[1]):
         if turn >= turns[0] and time.perf_counter() - start > seconds:
             break
         for line, step in steps.items():
-            taken[line] += step.seconds(in_a_row, wait_each)
+            taken[line] += step.seconds(in_row[line], wait_each)
     ms = {line: statistics.median(each) / per * 1e3 for line, each in taken.items()}
     first = next(iter(ms.values()))
     return {line: {"ms": value, "times": value / first} for line, value in ms.items()}
+
+
+def calls_in_a_row(step: Timed, most: int) -> int:
+    """As many as fit into a fraction of a second, once the step has been run and is warm."""
+    step.seconds()
+    (once,) = step.seconds()
+    return max(1, min(most, int(ROW_SECONDS / max(once, 1e-9))))
 
 
 def jax_step(call: Callable[[], Any], prepare: Callable[[], None] | None = None) -> Step:

@@ -226,7 +226,7 @@ def sizes(rows: int, capacity: int, name: str, ids: int = 4096) -> Figures:
     del name
     calls = {"rows held": False, "rows new": True}
     steps = {line: repeated_apply(rows, capacity, ids, new) for line, new in calls.items()}
-    return measure(steps, turns=(3, 40))
+    return measure(steps, turns=(5, 40))
 
 
 def repeated_apply(rows: int, capacity: int, ids: int, new: bool) -> Step:

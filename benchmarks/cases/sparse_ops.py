@@ -63,7 +63,7 @@ def sparse_ops(entries: int, op: str) -> Figures:
     if (name := THEIRS.get(op, op)) in theirs:
         lines["TensorFlow"] = theirs[name]
     in_a_row = 3 if entries > 100_000 else 10
-    options = {"in_a_row": in_a_row, "seconds": 1.5, "turns": (3, 21)}
+    options = {"in_a_row": in_a_row, "seconds": 1.5, "turns": (5, 21)}
     awaited = measure(lines, **options)
     figures = measure(lines, wait_each=False, **options)
     return with_metric(figures, "awaited ms", {line: m["ms"] for line, m in awaited.items()})

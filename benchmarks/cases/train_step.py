@@ -18,7 +18,16 @@ import optax
 
 import jaxaccum
 from benchmarks import workloads
-from benchmarks.harness import Figures, case, held_mb, jax_step, measure, peer_steps, with_metric
+from benchmarks.harness import (
+    Figures,
+    Step,
+    case,
+    held_mb,
+    jax_step,
+    measure,
+    peer_steps,
+    with_metric,
+)
 from benchmarks.workloads import MICRO_BATCHES, WIDTH
 
 TABLES = {"hidden": False, "table": True}
@@ -193,3 +202,47 @@ def bare() -> Any:
         return params | {"table": add(params["table"])}, [add(m) for m in moments]
 
     return init, step
+
+
+@case(
+    "{tables} tables",
+    settings=[{"tables": 1}, {"tables": 26}],
+    quick=[{"tables": 2}],
+    # What an earlier run has compiled would be read from its files.
+    environ={"JAX_ENABLE_COMPILATION_CACHE": "false"},
+)
+def compiling(tables: int) -> Figures:
+    """The time to trace and compile such a step, once, of a model with several tables."""
+    params = {f"table {k}": jnp.zeros((1000, WIDTH)) for k in range(tables)}
+    ids = jnp.zeros((MICRO_BATCHES, tables, 256), jnp.int32)
+
+    def loss(params: dict[str, jax.Array], ids: jax.Array) -> jax.Array:
+        found = [table[rows] for table, rows in zip(params.values(), ids, strict=True)]
+        return jnp.mean((sum(found) - 1.0) ** 2)
+
+    tx = jaxaccum.accumulate(
+        jaxaccum.lazy_rows(optax.adam(1e-3)), MICRO_BATCHES, tables=True, capacity=1000
+    )
+    dense_tx = optax.MultiSteps(optax.adam(1e-3), MICRO_BATCHES)
+    grad_fn = jaxaccum.value_and_sparse_grad(loss, tables=True)
+    lines = {
+        "jaxaccum": scanned(tx, grad_fn, jaxaccum.apply_updates),
+        "MultiSteps": scanned(dense_tx, jax.value_and_grad(loss), optax.apply_updates),
+    }
+    return measure(
+        {line: compiles(*made, params, ids) for line, made in lines.items()},
+        turns=(2, 2),
+        in_a_row=1,
+    )
+
+
+def compiles(tx_init: Any, step: Any, params: Any, ids: jax.Array) -> Step:
+    state = tx_init(params)
+
+    def call() -> None:
+        # A function that JAX has not met, else it would remember the program.
+        jax.jit(lambda *args: step(*args), donate_argnums=(0, 1)).lower(
+            params, state, ids
+        ).compile()
+
+    return Step(call, prepare=jax.clear_caches)

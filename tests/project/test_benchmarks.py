@@ -73,7 +73,7 @@ def test_a_row_of_calls_is_waited_for_once(clock):
 
 
 def test_steps_take_turns_and_the_middle_of_their_times_counts(clock):
-    order, times = [], {"ours": iter([9, 1, 2, 7, 3]), "theirs": iter([9, 6, 6, 6, 6])}
+    order, times = [], {"ours": iter([9, 9, 1, 2, 7, 3]), "theirs": iter([9, 9, 6, 6, 6, 6])}
 
     def step(name):
         def call():
@@ -85,7 +85,7 @@ def test_steps_take_turns_and_the_middle_of_their_times_counts(clock):
     found = harness.measure(
         {name: step(name) for name in times}, in_a_row=1, turns=(1, 4), seconds=1e9, per=2
     )
-    assert order == ["ours", "theirs"] * 5
+    assert order == ["ours"] * 2 + ["theirs"] * 2 + ["ours", "theirs"] * 4
     assert found["ours"] == {"ms": 1250.0, "times": 1.0}
     assert found["theirs"] == {"ms": 3000.0, "times": 2.4}
 
@@ -94,9 +94,16 @@ def test_turns_end_with_the_seconds_but_not_before_the_least(clock):
     calls = []
     step = steps.Step(lambda: (calls.append(None), clock.pass_(10.0)))
     harness.measure({"ours": step}, in_a_row=1, turns=(3, 50), seconds=35.0)
-    assert len(calls) == 1 + 4
+    assert len(calls) == 2 + 4
     harness.measure({"ours": step}, in_a_row=1, turns=(3, 50), seconds=5.0)
-    assert len(calls) == 5 + 1 + 3
+    assert len(calls) == 6 + 2 + 3
+
+
+def test_slow_steps_have_fewer_calls_in_a_row(clock):
+    slow, fast = (steps.Step(lambda s=s: clock.pass_(s)) for s in (0.15, 0.01))
+    assert harness.calls_in_a_row(slow, 5) == 2
+    assert harness.calls_in_a_row(fast, 5) == 5
+    assert harness.calls_in_a_row(steps.Step(lambda: clock.pass_(9.0)), 5) == 1
 
 
 def test_threads_deal_applies_and_one_takes():
