@@ -13,6 +13,13 @@ from jax.typing import ArrayLike
 
 from jaxaccum._accumulator.counters import saturating_add
 from jaxaccum._accumulator.row_index import NOWHERE, Bid, Claim, DirectMap, HashTable
+from jaxaccum._accumulator.staleness import (
+    StalenessWeight,
+    count_gradient,
+    find_staleness,
+    find_weight,
+    weigh,
+)
 from jaxaccum._accumulator.state import AccumulatorState, Verdict, as_int32
 from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
 from jaxaccum._rows.on_mesh import match_rows, unshard
@@ -20,7 +27,11 @@ from jaxaccum._rows.row_arithmetic import expand_to_rows
 
 
 def apply(
-    state: AccumulatorState, grad: IndexedSlices, local_step: ArrayLike | None = None
+    state: AccumulatorState,
+    grad: IndexedSlices,
+    local_step: ArrayLike | None = None,
+    *,
+    staleness_weight: StalenessWeight | None = None,
 ) -> tuple[AccumulatorState, jax.Array]:
     """Adds a gradient to the accumulator, or says why not.
 
@@ -36,14 +47,19 @@ def apply(
       state: the accumulator.
       grad: ``n`` slices; their indices may be unsorted, repeated and padded.
       local_step: int scalar, the step at which the gradient was computed; ``None`` is the current
-        one. A gradient from before ``state.global_step`` is stale, one from a later step is not.
+        one. A gradient from before ``state.global_step`` is stale if it is more steps old than the
+        state's ``max_staleness``; one from a later step is not.
+      staleness_weight: what a gradient weighs that is ``s`` steps old, a positive number for the
+        int32 scalar ``s``; FedBuff's is ``lambda s: 1 / jnp.sqrt(1.0 + s)``. By default all weigh
+        one. `init` must have been told: ``weighted=True``.
 
     Returns:
       The new state, and the `Verdict` as an int32 scalar.
 
     Raises:
       TypeError: ``grad`` is no `IndexedSlices`, or of another dtype than ``state``.
-      ValueError: ``grad`` is of another shape than ``state``, or ids do not fit int32.
+      ValueError: ``grad`` is of another shape than ``state``, or ids do not fit int32; or there is
+        a weight, and the state is not made for it.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxaccum
@@ -55,21 +71,33 @@ def apply(
       (Array(True, dtype=bool), Array(2, dtype=int32))
 
     Source: TensorFlow's ``SparseAccumulatorApplyGradient``; unlike there, rows need not be sorted
-    or unique, and negative indices are refused.
+    or unique, and negative indices are refused. Weights by staleness: Nguyen et al., "Federated
+    Learning with Buffered Asynchronous Aggregation" (2022).
     """
     grad = as_device_slices(grad)
     check_matches(state, grad)
     step = None if local_step is None else as_int32(local_step, "local_step")
-    return _apply(state, grad, step)
+    weight = None
+    if staleness_weight is not None:
+        if not state.is_weighted:
+            raise ValueError("staleness_weight must be None unless init was told weighted=True")
+        # Outside of the jitted function, which would be traced anew for each lambda.
+        staleness = find_staleness(state.global_step, step, state.max_staleness)
+        weight = find_weight(staleness_weight, staleness, state.counts.dtype)
+    return _apply(state, grad, step, weight)
 
 
 @jax.jit
 def _apply(
-    state: AccumulatorState, grad: IndexedSlices, local_step: jax.Array | None
+    state: AccumulatorState,
+    grad: IndexedSlices,
+    local_step: jax.Array | None,
+    weight: jax.Array | None,
 ) -> tuple[AccumulatorState, jax.Array]:
-    is_stale = jnp.bool_(False) if local_step is None else local_step < state.global_step
-    (state,), verdict, _ = apply_all([state], [grad], is_stale)
-    return state, verdict
+    staleness = find_staleness(state.global_step, local_step, state.max_staleness)
+    is_stale = staleness > state.max_staleness
+    (state,), verdict, _ = apply_all([state], [grad], is_stale, weight=weight)
+    return count_gradient(state, verdict, staleness, weight), verdict
 
 
 class _Part(NamedTuple):
@@ -96,21 +124,16 @@ class _Part(NamedTuple):
 
     @property
     def fits(self) -> jax.Array:
-        """Whether there is room for its new rows."""
+        """Whether its new rows can be held beside the others."""
         return self.bid.fits(self.state.num_rows, self.state.capacity)
 
-    def settle(self, verdict: jax.Array, touches: jax.Array) -> AccumulatorState:
-        """Adds the slices if they are accepted; counts the verdict in any case."""
-        state, is_accepted = self.state, verdict == Verdict.ACCEPTED
+    def add(self, is_accepted: jax.Array, touches: jax.Array) -> AccumulatorState:
+        """Adds the slices, or takes the bids back."""
+        state = self.state
         row_index, claim = self.row_index.settle(
             self.bid, state.num_rows, state.capacity, is_accepted
         )
-        state = dataclasses.replace(
-            state,
-            row_index=row_index,
-            num_accumulated=saturating_add(state.num_accumulated, is_accepted),
-            verdict_counts=count_verdict(state.verdict_counts, verdict),
-        )
+        state = dataclasses.replace(state, row_index=row_index)
         return add_claimed(state, claim, self.ids, self.values, touches)
 
 
@@ -133,7 +156,8 @@ def apply_all(
 ) -> tuple[list[AccumulatorState], jax.Array, jax.Array]:
     """Adds a gradient to each of several accumulators, or none to any: one verdict on them all.
 
-    A row's count rises by ``weight``, for which counts must be floats, or by one. Also returns how
+    With a ``weight``, for which counts must be floats, it is that multiple of the gradient, and a
+    row's count rises by it instead of by one. Counters are the caller's to move. Also returns how
     many rows each accumulator must hold for the gradient, int32 ``[len(states)]``.
     """
     grads = [_on_mesh(grad, state) for state, grad in zip(states, grads, strict=True)]
@@ -142,7 +166,11 @@ def apply_all(
     is_invalid = functools.reduce(operator.or_, (bad for _, bad in rows), jnp.bool_(False))
     is_refused = is_stale | is_invalid | is_skipped
     parts = [
-        _bid(state, jnp.where(is_refused, NOWHERE, ids), grad.values)
+        _bid(
+            state,
+            jnp.where(is_refused, NOWHERE, ids),
+            weigh(grad.values, weight, state.values.dtype),
+        )
         for (state, grad), (ids, _) in zip(pairs, rows, strict=True)
     ]
     fits = functools.reduce(operator.and_, (part.fits for part in parts), jnp.bool_(True))
@@ -152,8 +180,10 @@ def apply_all(
         jnp.int32(Verdict.ACCEPTED),
     )
     num_needed = [part.num_needed for part in parts]
+    is_accepted = verdict == Verdict.ACCEPTED
+    touches = jnp.int32(1) if weight is None else weight
     return (
-        [part.settle(verdict, jnp.int32(1) if weight is None else weight) for part in parts],
+        [part.add(is_accepted, touches) for part in parts],
         verdict,
         jnp.stack(num_needed) if parts else jnp.zeros(0, jnp.int32),
     )
@@ -188,14 +218,21 @@ def add_claimed(
     ids: jax.Array,
     values: jax.Array,
     touches: jax.Array,
+    *,
+    is_whole: bool = True,
 ) -> AccumulatorState:
-    """Adds to rows whose slots the state's index has already given in ``claim``."""
+    """Adds to rows whose slots the state's index has already given in ``claim``.
+
+    Of the slices of a claim some may be added, and the others later; then ``is_whole`` is false,
+    and the new rows among the first are anywhere in the free slots.
+    """
     # Repetitions all write the same count: a gradient counts once for each row it touches.
     counts = state.counts.at[claim.slot].get(mode="fill", fill_value=0)
     is_float = jnp.issubdtype(counts.dtype, jnp.floating)
-    counts = counts + touches if is_float else saturating_add(counts, touches)
+    counts = counts + touches.astype(counts.dtype) if is_float else saturating_add(counts, touches)
+    on_tpu = _add_by_block if is_whole else _add_by_row
     indices, sums = jax.lax.platform_dependent(
-        state, claim, ids, values.astype(state.values.dtype), tpu=_add_by_block, default=_add_by_row
+        state, claim, ids, values.astype(state.values.dtype), tpu=on_tpu, default=_add_by_row
     )
     return dataclasses.replace(
         state,
@@ -255,12 +292,6 @@ def table_rows(grad: IndexedSlices, rows: int | None) -> tuple[jax.Array, jax.Ar
     in_range = (grad.indices >= 0) & (grad.indices < limit)
     ids = jnp.where(in_range, grad.indices, NOWHERE).astype(jnp.int32)
     return ids, jnp.any(~(in_range | is_padding))
-
-
-def count_verdict(verdict_counts: jax.Array, verdict: ArrayLike) -> jax.Array:
-    """``verdict_counts`` with one more of ``verdict``."""
-    kinds = jnp.arange(len(Verdict), dtype=jnp.int32)
-    return saturating_add(verdict_counts, kinds == verdict)
 
 
 def check_matches(state: AccumulatorState, grad: IndexedSlices) -> None:

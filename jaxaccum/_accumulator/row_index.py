@@ -5,6 +5,7 @@ Two indexes behind one interface. `DirectMap` keeps one int32 for each row of a 
 
 * ``claim(ids, num_rows, capacity)``: the slot of each id, new ids getting the next free ones, in
   the two steps ``bid`` and ``settle``;
+* ``enter(ids)``: an empty index filled anew;
 * ``drain(indices, num_rows)``: the held slots in ascending order of row, and an empty index.
 
 Ids are int32 and NOWHERE where a position is to be skipped. All or nothing: where the new rows do
@@ -24,6 +25,7 @@ import jax.numpy as jnp
 
 from jaxaccum._rows.prefix_sums import count_before, rank_in_words
 from jaxaccum._rows.public import pytree
+from jaxaccum._rows.varying import vary_like
 
 # Past the end of every table: scatters drop it. Also the map entry of a row without a slot.
 NOWHERE = 2**31 - 1
@@ -106,6 +108,11 @@ class DirectMap:
         index, bid = self.bid(ids, capacity)
         return index.settle(bid, num_rows, capacity, bid.fits(num_rows, capacity))
 
+    def enter(self, ids: jax.Array) -> DirectMap:
+        """Returns an empty map filled: each of the distinct ``ids`` gets the slot it stands at."""
+        slot = jnp.arange(ids.shape[0], dtype=jnp.int32)
+        return DirectMap(self.slots.at[ids].set(slot, mode="drop"))
+
     def drain(self, indices: jax.Array, num_rows: jax.Array) -> tuple[DirectMap, jax.Array]:
         """Returns an empty map and int32 ``[capacity]``, slots ascending by row, then NOWHERE."""
         slot = jnp.arange(indices.shape[0], dtype=jnp.int32)
@@ -153,7 +160,7 @@ def _look_up_sorted(slots: jax.Array, ids: jax.Array) -> tuple[jax.Array, Bid]:
     num_new = jnp.cumsum(is_first, dtype=jnp.int32)
     rank = jnp.where(is_new, num_new - 1, NOWHERE)
     _, held, rank, first = jax.lax.sort((order, held, rank, is_first.astype(jnp.int32)), num_keys=1)
-    return slots, Bid(ids, held, rank, first == 1, num_new[-1])
+    return vary_like(slots, along=ids), Bid(ids, held, rank, first == 1, num_new[-1])
 
 
 # A sort costs about 30 ns a slot on a CPU, a bitmap about 0.25 ns a row.
@@ -226,6 +233,14 @@ class HashTable:
         """Finds a slot for each id; see the module's docstring."""
         index, bid = self.bid(ids, capacity)
         return index.settle(bid, num_rows, capacity, bid.fits(num_rows, capacity))
+
+    def enter(self, ids: jax.Array) -> HashTable:
+        """Returns an empty table filled: each of the distinct ``ids`` gets the slot it stands at.
+
+        There are no more ids than the table was made for.
+        """
+        keys, place = _insert(self.keys, ids, ids.shape[0])
+        return HashTable(keys, self.places.enter(place))
 
     def drain(self, indices: jax.Array, num_rows: jax.Array) -> tuple[HashTable, jax.Array]:
         """Returns an empty table and int32 ``[capacity]``, slots ascending by row, then NOWHERE."""

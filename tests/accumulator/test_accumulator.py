@@ -1,5 +1,6 @@
 """The accumulator against the oracle, under every transformation, and at its edges."""
 
+import functools
 import re
 
 import chex
@@ -23,6 +24,12 @@ REDUCTIONS = ("mean_per_row", "mean_per_gradient", "sum")
 eager_apply = jaxaccum.apply
 donated_apply = jax.jit(jaxaccum.apply, donate_argnums=0)
 donated_take = jax.jit(jaxaccum.take, donate_argnums=0)
+# By how many steps old a gradient is: powers of two, so that products are exact in any order.
+WEIGHTS = np.array([1, 0.25, 4, np.nan], np.float32)
+weighted_apply = jax.jit(
+    functools.partial(jaxaccum.apply, staleness_weight=lambda s: jnp.asarray(WEIGHTS)[s]),
+    donate_argnums=0,
+)
 
 
 def leaves(state):
@@ -54,7 +61,7 @@ def gradients(max_row=ROWS - 1):
 
 
 operations = st.one_of(
-    st.tuples(st.just("apply"), gradients(), st.none() | st.integers(-1, 2)),
+    st.tuples(st.just("apply"), gradients(), st.none() | st.integers(-4, 2)),
     st.tuples(st.just("apply"), gradients(), st.none()),
     st.tuples(st.just("take"), st.integers(1, 3)),
     st.tuples(st.just("set_step"), st.integers(-1, 3)),
@@ -73,8 +80,11 @@ class Pair:
     def __init__(self, rows, reduction, apply, take, capacity=4, size=SIZE):
         self.rows, self.capacity, self.size = rows, capacity, size
         self.apply_fn, self.take_fn = apply, take
-        self.state = jaxaccum.init((rows, *ROW), capacity=capacity, reduction=reduction)
-        self.oracle = oracle.Oracle(rows, capacity, reduction)
+        policy, weights = {}, (1,)
+        if apply is weighted_apply:
+            policy, weights = {"max_staleness": 2, "weighted": True}, WEIGHTS[:3].tolist()
+        self.state = jaxaccum.init((rows, *ROW), capacity=capacity, reduction=reduction, **policy)
+        self.oracle = oracle.Oracle(rows, capacity, reduction, weights=weights)
 
     def apply(self, drawn, local_step):
         ids, seed = drawn
@@ -85,7 +95,9 @@ class Pair:
         )
         assert verdict == self.oracle.apply(ids, values, step)
         if verdict != Verdict.ACCEPTED:
-            assert changed_leaves(before, leaves(self.state)) == {".verdict_counts"}
+            changed = changed_leaves(before, leaves(self.state))
+            is_counted = self.state.max_staleness and verdict == Verdict.STALE
+            assert changed == {".verdict_counts"} | ({".staleness_counts"} if is_counted else set())
 
     def take(self, num_required):
         before, want = leaves(self.state), self.oracle.take(num_required)
@@ -134,9 +146,16 @@ class Pair:
         assert state.num_accumulated == self.oracle.num_accumulated
         assert state.global_step == self.oracle.step
         assert state.verdict_counts.tolist() == self.oracle.verdicts
+        if state.max_staleness:
+            assert state.total_weight == self.oracle.total
+            assert state.staleness_counts.tolist() == self.oracle.ages
 
 
-WAYS = {"eager": (eager_apply, jaxaccum.take), "donated": (donated_apply, donated_take)}
+WAYS = {
+    "eager": (eager_apply, jaxaccum.take),
+    "donated": (donated_apply, donated_take),
+    "weighted": (weighted_apply, donated_take),
+}
 
 
 @pytest.mark.parametrize(
@@ -144,6 +163,8 @@ WAYS = {"eager": (eager_apply, jaxaccum.take), "donated": (donated_apply, donate
     [
         pytest.param("eager", None),
         pytest.param("donated", ROWS),
+        pytest.param("weighted", ROWS),
+        pytest.param("weighted", None, marks=pytest.mark.full),
         pytest.param("eager", ROWS, marks=pytest.mark.full),
         pytest.param("donated", None, marks=pytest.mark.full),
     ],
@@ -171,6 +192,21 @@ def test_programs_for_other_platforms_equal_the_oracle(platform, rows, monkeypat
         pair.compare()
     assert pair.state.verdict_counts.tolist() == [7, 0, 1, 0, 0]
     assert pair.state.global_step == 2
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_weights_are_exact(reduction):
+    pair = Pair(ROWS, reduction, *WAYS["weighted"])
+    pair.set_step(5)
+    for age, ids in enumerate(([1, 2, 1], [2, 3], [3, 1, 5], [4, 4])):
+        pair.apply((ids, age), -age)
+        pair.compare()
+    assert pair.oracle.verdicts == [3, 1, 0, 0, 0]
+    pair.merge([([2, 5], 7), ([5], 8)])
+    pair.grow()
+    pair.compare()
+    pair.take(5)
+    pair.compare()
 
 
 LENGTH = 8
