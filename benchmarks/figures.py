@@ -14,7 +14,8 @@ row's cells put in for ``{0}``, ``{1}``, and ``-`` for a cell that is not measur
     |---|---|---|
     | 2,048 | 2.1 | 0.55 |
 
-What stands between ``<!--counts-->`` and ``<!--end-->`` is the table of compiled programs.
+A cell with a mark of its own goes by that. What stands between ``<!--counts-->`` and ``<!--end-->``
+is the table of compiled programs, after ``<!--origin-->`` what the results were measured on.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ import hashlib
 import pathlib
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from benchmarks import plots
 from benchmarks.results import FOLDER, Results, shown
@@ -40,7 +41,7 @@ NUMBER = r"\d[\d,]*(?:\.\d+)?"
 UNIT = r"(?:ms|us|s|MB|GB|times)\b"
 MARK = re.compile(rf"({NUMBER})( ?{UNIT})?<!--= *(.*?) *-->")
 TABLE = re.compile(r"<!--table: *(.*?) *-->")
-BLOCK = re.compile(r"(<!--counts-->\n).*?(<!--end-->)", re.DOTALL)
+BLOCK = re.compile(r"<!--(counts|origin)-->(\n?).*?<!--end-->", re.DOTALL)
 # What tells of a measurement wherever it stands.
 QUOTES = re.compile(rf"{NUMBER} ?(?:ms|us|µs|ns)\b|{NUMBER} times (?:as (?:fast|long)|faster)\b")
 
@@ -87,11 +88,11 @@ def pages() -> list[pathlib.Path]:
     return [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
-def renewed(text: str, results: Results, counts: Callable[[], str] | None = None) -> Page:
+def renewed(text: str, results: Results) -> Page:
     """``text`` with each marked figure as it is in ``results``."""
     problems: list[str] = []
-    if "<!--counts-->" in text:
-        text = BLOCK.sub(lambda match: match[1] + (counts or counts_table)() + match[2], text)
+    made = {"counts": counts_table, "origin": lambda: plots.origin(results)}
+    text = BLOCK.sub(lambda m: f"<!--{m[1]}-->{m[2]}{made[m[1]]()}{m[2]}<!--end-->", text)
     lines, is_code, columns = text.split("\n"), False, None
     for number, line in enumerate(lines, 1):
         if line.lstrip().startswith("```"):
@@ -127,7 +128,7 @@ def renewed_line(line: str, columns: list[str] | None, results: Results) -> str:
         raise ValueError(f"a row of {len(cells)} cells under {len(columns)} paths")
     names = [cell.replace("`", "") for cell in cells]
     for place, (cell, path) in enumerate(zip(cells, columns, strict=True)):
-        if path == "-" or not cell:
+        if path == "-" or not cell or MARK.search(cell):
             continue
         match = re.fullmatch(rf"({NUMBER})( ?{UNIT})?(.*)", cell)
         if match is None:
@@ -157,9 +158,8 @@ def digest() -> str:
 
 
 def old_plots() -> Iterator[str]:
-    for plot in plots.PLOTS:
-        path = PLOTS / f"{plot.name}.svg"
-        if not path.exists() or digest() not in path.read_text():
+    for path in sorted(PLOTS.glob("*.svg")):
+        if digest() not in path.read_text():
             yield f"{path.relative_to(ROOT)} is not of {QUOTED.name}: figures --write draws it"
 
 
@@ -184,4 +184,4 @@ def counts_table() -> str:
                 cells[-1] = ""  # no estimate
             cells += [str(now[key]) for key in fixed]
             rows.append(f"| {point['point']} | `{path}` | " + " | ".join(cells) + " |")
-    return "\n".join(rows) + "\n"
+    return "\n".join(rows)

@@ -169,7 +169,7 @@ def origin(results: Results) -> str:
     if not known:
         return ""
     versions = ", ".join(
-        f"{name} {known['versions'][key]}"
+        f"{name} {known['versions'][key].split('+')[0]}"
         for key, name in {"jax": "JAX", "tensorflow": "TensorFlow", "torch": "PyTorch"}.items()
         if key in known["versions"]
     )

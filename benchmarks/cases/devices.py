@@ -68,9 +68,15 @@ def weak_scaling(devices: int, rows: int, touched: int) -> Figures:
 
 
 @case("{rows:,}", settings=[FULL], quick=[QUICK], environ=EIGHT)
-def sharded_apply(rows: int, touched: int) -> Figures:
-    """A gradient from each device to the owners of its rows; MB received by each device."""
+def sharded(rows: int, touched: int) -> Figures:
+    """Rows to and from the devices that own them in a sharded table; MB received by each device."""
     mesh = all_devices()
+    bucket = 2 * touched // mesh.size
+    return sharded_apply(mesh, rows, touched, bucket) | sharded_lookup(mesh, rows, touched, bucket)
+
+
+def sharded_apply(mesh: Mesh, rows: int, touched: int, bucket: int) -> Figures:
+    """A gradient from each device to the owners of its rows."""
     share = rows // mesh.size
 
     def apply(bucket: int | None, state: Any, ids: jax.Array, values: jax.Array) -> Any:
@@ -89,7 +95,7 @@ def sharded_apply(rows: int, touched: int) -> Figures:
 
     functions = {
         "all_apply": functools.partial(apply, None),
-        "all_apply with buckets": functools.partial(apply, 2 * touched // mesh.size),
+        f"all_apply, bucket={bucket}": functools.partial(apply, bucket),
         "gather all, keep own": gather_and_filter,
     }
     fresh = functools.partial(
@@ -103,18 +109,16 @@ def sharded_apply(rows: int, touched: int) -> Figures:
     return measured(steps, mesh.size, in_a_row=2)
 
 
-@case("{rows:,}", settings=[FULL], quick=[QUICK], environ=EIGHT)
-def sharded_lookup(rows: int, touched: int) -> Figures:
-    """Rows of a table in shards, looked up by every device; MB received by each device."""
-    mesh = all_devices()
+def sharded_lookup(mesh: Mesh, rows: int, touched: int, bucket: int) -> Figures:
+    """Rows of a table in shards, looked up by every device."""
     table = jax.device_put(
         np.zeros((mesh.size, rows // mesh.size, WIDTH), np.float32),
         NamedSharding(mesh, PartitionSpec("data")),
     )
     ids, _ = gradients(mesh, rows, touched)
     steps = {}
-    for name, bucket in {"all_lookup": None, "with buckets": 2 * touched // mesh.size}.items():
-        look_up = functools.partial(jaxaccum.all_lookup, axis_name="data", bucket=bucket)
+    for name, size in {"all_lookup": None, f"all_lookup, bucket={bucket}": bucket}.items():
+        look_up = functools.partial(jaxaccum.all_lookup, axis_name="data", bucket=size)
         compiled = on_mesh(mesh, look_up).lower(table, ids).compile()
         steps[name] = compiled, jax_step(functools.partial(compiled, table, ids))
     return measured(steps, mesh.size)

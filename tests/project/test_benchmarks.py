@@ -280,6 +280,18 @@ def test_what_the_run_did_not_measure_is_a_problem(old, new, says):
     assert problem.startswith(says)
 
 
+def test_a_cell_with_a_mark_of_its_own_goes_by_that():
+    cell = "| 0.10 s<!--= train_step/1,000,000/dense -->, and more |"
+    page = renewed(PAGE.replace("| 552 |", cell))
+    assert page.problems == []
+    assert cell in page.text
+
+
+def test_what_was_measured_on_is_told():
+    page = renewed("On <!--origin-->an abacus<!--end-->.")
+    assert page.text == "On <!--origin-->P, 2 cores; JAX 1; 2026-01-01<!--end-->."
+
+
 def test_the_table_of_counts_is_made_anew():
     page = figures.renewed("<!--counts-->\n| old |\n<!--end-->\n", Results())
     rows = page.text.splitlines()
