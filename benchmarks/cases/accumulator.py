@@ -142,7 +142,7 @@ class Held:
 @case(
     "{name}",
     settings=[
-        *({"ids": n, "zipf": None, "name": f"{n:,}"} for n in (64, 512, 4096, 65_536, 524_288)),
+        *({"ids": n, "zipf": None, "name": f"{n:,}"} for n in (64, 512, 4096, 65_536, 262_144)),
         {"ids": 65_536, "zipf": 1.2, "name": "65,536 Zipf"},
     ],
     quick=[{"ids": 16, "zipf": None, "name": "16", "rows": 1000}],
