@@ -2,20 +2,24 @@
 
 A mark is a comment behind the figure, which Markdown does not show:
 
-    a step takes 8.0 ms<!--= train_step/1,000,000/jaxaccum --> on two cores
-    PyTorch takes 1.9<!--= train_step/1,000,000/PyTorch/times --> times as long
+    a step takes 8.0 ms<!--= train_step/1,000,000/jaxaccum --> and holds 798 MB<!--= / -->;
+    PyTorch takes 1.9 times<!--= train_step/1,000,000/PyTorch --> as long
 
-The unit before a mark is its metric (``ms``, ``us``, ``MB``, ...), unless the path ends in one. A
-table with a figure in most cells is marked once, by the line above it: one path for each cell, the
-row's cells put in for ``{0}``, ``{1}``, and ``-`` for a cell that is not measured:
+The unit before a mark is its metric (``ms``, ``us``, ``MB``, ``times``), unless the path ends in
+one. A path that begins with ``/`` goes on from the case and the point of the mark before it on the
+line, and ``/`` alone from its line of the case too.
+
+A table with a figure in most cells is marked once, by the line above it: one path for each cell,
+the row's cells put in for ``{0}``, ``{1}``, and ``-`` for a cell that is not measured; a cell with
+a mark of its own goes by that:
 
     <!--table: - | train_step/{0}/jaxaccum | train_step/{0}/dense -->
     | rows | lazy, ms | dense, ms |
     |---|---|---|
     | 2,048 | 2.1 | 0.55 |
 
-A cell with a mark of its own goes by that. What stands between ``<!--counts-->`` and ``<!--end-->``
-is the table of compiled programs, after ``<!--origin-->`` what the results were measured on.
+What stands between ``<!--counts-->`` and ``<!--end-->`` is the table of compiled programs, after
+``<!--origin-->`` what the results were measured on.
 """
 
 from __future__ import annotations
@@ -114,9 +118,17 @@ def renewed(text: str, results: Results) -> Page:
 
 
 def renewed_line(line: str, columns: list[str] | None, results: Results) -> str:
+    before: list[str] = []
+
     def figure(match: re.Match[str]) -> str:
-        unit = match[2] or ""
-        value = shown(results.figure(match[3], unit.strip() or "ms"))
+        unit, path = match[2] or "", match[3]
+        if path.startswith("/"):
+            if not before:
+                raise ValueError(f"{path!r} has no mark before it on its line")
+            case, point, last = before
+            path = f"{case}/{point}/{path[1:] or last}"
+        before[:] = path.split("/")[:3]
+        value = shown(results.figure(path, unit.strip() or "ms"))
         return f"{value}{unit}<!--= {match[3]} -->"
 
     line = MARK.sub(figure, line)

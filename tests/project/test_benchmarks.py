@@ -222,7 +222,8 @@ def test_figures_are_shown_with_two_digits_or_whole(value, text):
 PAGE = """\
 A step takes 8.0 ms<!--= train_step/1,000,000/jaxaccum --> here,
 dense 0.10 s<!--= train_step/1,000,000/dense --> which is 13
-or 13 times<!--= train_step/1,000,000/dense --> and holds 2.1<!--= train_step/2,048/dense/MB -->.
+or 13 times<!--= train_step/1,000,000/dense --> ours, 8.0 ms<!--= /jaxaccum -->, 798 MB<!--= / -->,
+and holds 2.1<!--= train_step/2,048/dense/MB --> of them.
 
 <!--table: - | train_step/{0}/jaxaccum | train_step/{0}/dense/us | - -->
 | rows | ours | dense, us | by formula |
@@ -268,11 +269,12 @@ def test_a_wrong_figure_is_renewed_and_found(right, wrong):
     ("old", "new", "says"),
     [
         ("000/jaxaccum --> here", "000/lazy --> here", "1: no line 'lazy'"),
-        ("| `2,048` |", "| 4,096 |", "8: no point '4,096'"),
-        ("| 552 | 7 |", "| 552 |", "8: a row of 3 cells under 4 paths"),
-        ("| 552 |", "| slow 552 |", "8: 'slow 552' is no figure"),
+        ("| `2,048` |", "| 4,096 |", "9: no point '4,096'"),
+        ("| 552 | 7 |", "| 552 |", "9: a row of 3 cells under 4 paths"),
+        ("| 552 |", "| slow 552 |", "9: 'slow 552' is no figure"),
         ("which is 13", "5 us, which is 13", "2: '5 us' has no mark"),
         ("which is 13", "2.5 times faster", "2: '2.5 times faster' has no mark"),
+        ("2.1<!--= train_step/2,048/dense/MB", "2.1<!--= /dense/MB", "4: '/dense/MB' has no mark"),
     ],
 )
 def test_what_the_run_did_not_measure_is_a_problem(old, new, says):
