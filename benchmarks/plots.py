@@ -134,6 +134,8 @@ PLOTS = (
 
 def draw_all(results: Results, folder: pathlib.Path, mark: str = "") -> list[pathlib.Path]:
     """Draws each plot whose case was measured, as PNG and SVG; ``mark`` goes into the SVG."""
+    if not {point["case"] for point in results.points} & {"losses", *(p.case for p in PLOTS)}:
+        return []
     import matplotlib
 
     matplotlib.use("Agg")
