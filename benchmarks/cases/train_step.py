@@ -205,14 +205,14 @@ def bare() -> Any:
 
 
 @case(
-    "{tables} tables",
+    "{tables}",
     settings=[{"tables": 1}, {"tables": 26}],
     quick=[{"tables": 2}],
     # What an earlier run has compiled would be read from its files.
     environ={"JAX_ENABLE_COMPILATION_CACHE": "false"},
 )
 def compiling(tables: int) -> Figures:
-    """The time to trace and compile such a step, once, of a model with several tables."""
+    """The time to trace and compile such a step, once, by the number of tables."""
     params = {f"table {k}": jnp.zeros((1000, WIDTH)) for k in range(tables)}
     ids = jnp.zeros((MICRO_BATCHES, tables, 256), jnp.int32)
 
