@@ -39,6 +39,7 @@ from jaxaccum._sparse_ops.raw_grads import sparse_add_grad, sparse_slice_grad
 from jaxaccum._tensorflow.conditional_accumulator import SparseConditionalAccumulator
 from jaxaccum._tensorflow.sparse_gradient import SparseGradient
 
+__version__ = "0.1.0"
 __all__ = [
     "AccumulatorState",
     "CancelledError",

@@ -77,6 +77,7 @@ def grow(state: AccumulatorState, capacity: int) -> AccumulatorState:
 
 
 @jax.jit
+@jax.named_scope("jaxaccum.merge")
 def _merge(state: AccumulatorState, other: AccumulatorState) -> tuple[AccumulatorState, jax.Array]:
     slot = jnp.arange(other.capacity, dtype=jnp.int32)
     ids = jnp.where(slot < other.num_rows, other.indices, NOWHERE)

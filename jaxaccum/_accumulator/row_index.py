@@ -81,6 +81,7 @@ class DirectMap:
         """Returns the map of a table of ``rows`` rows, none of them held."""
         return cls(jnp.full(max(rows, 1), NOWHERE, jnp.int32))
 
+    @jax.named_scope("jaxaccum.claim")
     def bid(self, ids: jax.Array, capacity: int) -> tuple[DirectMap, Bid]:
         """Finds out which rows have a slot and which are new; `settle` must follow."""
 
@@ -92,6 +93,7 @@ class DirectMap:
         )
         return DirectMap(slots), bid
 
+    @jax.named_scope("jaxaccum.claim")
     def settle(
         self, bid: Bid, num_rows: jax.Array, capacity: int, fits: jax.Array
     ) -> tuple[DirectMap, Claim]:
@@ -297,6 +299,7 @@ def _advance(place: jax.Array, step: jax.Array, num_places: int) -> jax.Array:
 _Probe = tuple[jax.Array, jax.Array, jax.Array]  # keys; place and "still probing" of each id
 
 
+@jax.named_scope("jaxaccum.claim")
 def _insert(keys: jax.Array, ids: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
     """Enters ids into the table: new keys, and the place of each id.
 

@@ -147,6 +147,7 @@ def _from_words(words: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type(words, dtype)
 
 
+@jax.named_scope("jaxaccum.exchange")
 def exchange_union(
     state: AccumulatorState,
     axis_name: AxisName,

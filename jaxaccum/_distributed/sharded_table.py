@@ -235,6 +235,7 @@ def _route_distinct(route_ids: _Router, ids: jax.Array) -> _Route:
     return route._replace(position=position)
 
 
+@jax.named_scope("jaxaccum.exchange")
 def _deliver(route: _Route, x: jax.Array, fill: int, axis_name: AxisName) -> jax.Array:
     """What all devices send here of their ``x [b, ...]``: ``[n, k, ...]``."""
     if x.shape[0] == 0:  # nothing to gather from an empty array

@@ -82,6 +82,7 @@ def _add(param: Leaf, update: Leaf, name: str) -> Leaf:
     if isinstance(update, UniqueRows):
         update = update.slices
     if is_slices(update):
-        return add_update(param, update, name)
+        with jax.named_scope("jaxaccum.scatter"):
+            return add_update(param, update, name)
     wide = promote_dtypes(param.dtype, update.dtype)
     return (param.astype(wide) + update.astype(wide)).astype(param.dtype)

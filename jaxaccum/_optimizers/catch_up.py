@@ -33,7 +33,7 @@ from jax.typing import ArrayLike
 from jaxaccum._optimizers.optax_import import Transform
 from jaxaccum._optimizers.state_layout import RowLayout
 from jaxaccum._optimizers.trial import Trial, agree, run_now
-from jaxaccum._rows.public import named_tuple, public
+from jaxaccum._rows.public import named_tuple, one_line, public
 from jaxaccum._rows.row_arithmetic import expand_to_rows
 from jaxaccum._rows.tree import Leaf, PyTree
 
@@ -65,6 +65,9 @@ class CatchUpState(NamedTuple):
     inner_state: PyTree
     num_steps: jax.Array
     last_step: PyTree
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 def init_catch_up(inner_state: PyTree, params: PyTree) -> CatchUpState:

@@ -160,16 +160,19 @@ class _Block:
         )
         return self.treedef.flatten_up_to(updates), state
 
+    @jax.named_scope("jaxaccum.gather")
     def _gather_params(self) -> list[Leaf] | None:
         if self.params is None:
             return None
         pairs = zip(self.grads, self.params, strict=True)
         return [gather_rows(p, g.indices) if is_slices(g) else p for g, p in pairs]
 
+    @jax.named_scope("jaxaccum.gather")
     def _gather(self, state: PyTree) -> PyTree:
         rows = self.rows
         return self.plan.layout.map_rows(lambda i, leaf: gather_rows(leaf, rows[i]), state)
 
+    @jax.named_scope("jaxaccum.scatter")
     def _scatter(self, state: PyTree, new: PyTree) -> PyTree:
         # Shared leaves come from the new state, rows go back into the old one.
         rows = self.rows

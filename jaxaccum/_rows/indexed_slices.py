@@ -13,7 +13,7 @@ from jax.experimental import checkify, sparse
 from jax.typing import ArrayLike
 
 from jaxaccum._rows.on_mesh import unshard
-from jaxaccum._rows.public import public, pytree
+from jaxaccum._rows.public import one_line, public, pytree
 from jaxaccum._rows.row_arithmetic import add_to_table
 from jaxaccum._rows.shapes import canonical_shape, check_host_indices, padding_index
 from jaxaccum._rows.strangers import refuse_strangers
@@ -78,6 +78,9 @@ class IndexedSlices:
             )
         if self.dense_shape is not None:
             object.__setattr__(self, "dense_shape", canonical_shape(self.dense_shape))
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
     def tree_flatten(self) -> tuple[tuple[Any, Any], Any]:
         """Returns the two leaves and the static shape, unless whoever asks would misuse them."""
