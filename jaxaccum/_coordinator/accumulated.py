@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 
@@ -15,15 +14,17 @@ class Counts:
     """What the host knows without asking the device; Python numbers, which have no end.
 
     Attributes:
-      global_step: gradients of an earlier step are stale.
-      num_accumulated: gradients added since the last take.
-      accepted, stale, invalid, taken: gradients added, dropped and refused, and takes, since the
-        beginning. Whoever holds the lock counts the stale and the invalid.
+      global_step: what the staleness of a gradient is counted from.
+      num_accumulated: gradients added since the last take, but for those carried over.
+      accepted, carried, stale, invalid, taken: gradients added, those of them carried over, dropped
+        and refused; and takes, since the beginning. Whoever holds the lock counts the stale and the
+        invalid.
     """
 
     global_step: int = 0
     num_accumulated: int = 0
     accepted: int = 0
+    carried: int = 0
     stale: int = 0
     invalid: int = 0
     taken: int = 0
@@ -34,12 +35,12 @@ class Taken:
     """What was taken, on its way to a taker.
 
     Attributes:
-      num_accumulated: how many gradients are in it.
+      num_accumulated: how many gradients are in it, but for those carried over.
       arrays: what the device may still be at work on.
     """
 
     num_accumulated: int
-    arrays: tuple[jax.Array, ...] | None = None
+    arrays: Any = None
 
 
 class Accumulated(Protocol):
@@ -53,11 +54,12 @@ class Accumulated(Protocol):
 
     Attributes:
       counts: what is known of it.
-      read: checks a caller's gradient against what never changes, and copies what must be copied.
     """
 
     counts: Counts
-    read: Callable[..., Any]
+
+    def read(self, *gradient: Any) -> Any:
+        """Checks a caller's gradient against what never changes; copies what must be copied."""
 
     def prepare(self, gradient: Any, will_take: bool) -> Callable[[], object] | None:
         """Sees to the capacity for a gradient, if there is one, and checks that it fits.
@@ -67,11 +69,11 @@ class Accumulated(Protocol):
           be called outside the lock before asking again; ``None`` if nothing has.
         """
 
-    def add(self, gradient: Any) -> None:
-        """Adds a gradient that `prepare` has just agreed to."""
+    def add(self, gradient: Any, staleness: int) -> None:
+        """Adds a gradient that `prepare` has just agreed to, so many steps old."""
 
-    def take(self, outcome: list[Any]) -> None:
-        """Puts all there is into ``outcome[0]``, as a `Taken`; one step is over."""
+    def take(self, outcome: list[Any], num_required: int) -> None:
+        """Puts what one step uses into ``outcome[0]``, as a `Taken`; the step is over."""
 
     def deliver(self, taken: Taken, *, trim: bool) -> Any:
         """Returns what the taker's caller gets; it may wait for the device."""

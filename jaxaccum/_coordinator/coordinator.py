@@ -18,7 +18,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
@@ -27,7 +27,7 @@ from jaxaccum._coordinator.accumulated import Accumulated, Taken
 from jaxaccum._coordinator.arguments import as_required, as_step, as_timeout
 from jaxaccum._coordinator.errors import CancelledError, DeadlineExceededError, InvalidArgumentError
 from jaxaccum._coordinator.placement import outside_jit
-from jaxaccum._coordinator.spec import Spec
+from jaxaccum._coordinator.spec import TreeSpec
 
 logger = logging.getLogger("jaxaccum")
 _Result = TypeVar("_Result")
@@ -50,6 +50,27 @@ class Waiter:
     outcome: list[Any] = dataclasses.field(default_factory=lambda: [None])
 
 
+# Gradients of this age and older are counted together.
+_OLDEST_AGE = 1000
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Tally:
+    """What became of the gradients of one worker."""
+
+    accepted: int = 0
+    stale: int = 0
+    invalid: int = 0
+    ages: collections.defaultdict[int, int] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(int)
+    )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns it as users see it."""
+        counts = {"accepted": self.accepted, "stale": self.stale, "invalid": self.invalid}
+        return counts | {"staleness": dict(sorted(self.ages.items()))}
+
+
 class Coordinator:
     """What one or several handles share.
 
@@ -62,12 +83,17 @@ class Coordinator:
       accumulated: what is guarded.
     """
 
-    def __init__(self, spec: Spec, name: str, accumulated: Accumulated) -> None:
+    def __init__(self, spec: TreeSpec, name: str, accumulated: Accumulated) -> None:
         self.spec = spec
         self.is_closed = False
         self._name = name
         self._accumulated = accumulated
         self._counts = accumulated.counts
+        self._policy = spec.policy
+        self._oldest = spec.policy.oldest
+        # Of all workers, and of those that have named themselves.
+        self._ages: collections.defaultdict[int, int] = collections.defaultdict(int)
+        self._workers: collections.defaultdict[Hashable, Tally] = collections.defaultdict(Tally)
         # Reentrant, so that a signal handler need not wait for its own thread; see `_locked`.
         self._lock = threading.RLock()
         self._is_busy = False
@@ -83,19 +109,22 @@ class Coordinator:
             "elsewhere make a new one and load what state_dict() returns"
         )
 
-    def apply(self, local_step: Any, *gradient: Any) -> bool:
+    def apply(self, local_step: Any, *gradient: Any, worker: Hashable = None) -> bool:
         """Adds a gradient; returns whether it was accepted rather than stale."""
         local_step, read = as_step(local_step, "local_step"), None
         try:
-            if local_step >= self._counts.global_step:  # else it is stale, and not looked at
+            # Else it is stale, and not looked at.
+            if self._counts.global_step - local_step <= self._oldest:
                 # Outside the lock, for it may copy much. It reads nothing that changes.
                 read = self._accumulated.read(*gradient)
-            while callable(outcome := self._locked(self._add, read, local_step)):
+            while callable(outcome := self._locked(self._add, read, local_step, worker)):
                 outcome()
             return outcome
         except InvalidArgumentError:
             with self._lock:
                 self._counts.invalid += 1
+                if worker is not None:
+                    self._workers[worker].invalid += 1
             raise
 
     def take(self, num_required: Any, timeout: float | None, *, trim: bool) -> Any:
@@ -135,6 +164,11 @@ class Coordinator:
             self._locked(self._forget, waiter, even_closed=True)
             raise
 
+    @property
+    def global_step(self) -> int:
+        """The step there is now."""
+        return self._counts.global_step
+
     def num_accumulated(self) -> int:
         """Returns how many gradients were accepted since the last take."""
         return self._locked(lambda: self._counts.num_accumulated)
@@ -161,7 +195,10 @@ class Coordinator:
 
         def count() -> dict[str, Any]:
             waiting = {"waiting": len(self._queue), "unclaimed": len(self._unclaimed)}
-            return dataclasses.asdict(self._counts) | waiting | self._accumulated.statistics()
+            ages = {"staleness": dict(sorted(self._ages.items()))}
+            workers = {"workers": {name: tally.as_dict() for name, tally in self._workers.items()}}
+            counts = dataclasses.asdict(self._counts) | waiting | ages | workers
+            return counts | self._accumulated.statistics()
 
         return self._locked(count)
 
@@ -232,23 +269,38 @@ class Coordinator:
         if self.is_closed:
             raise CancelledError(f"Attempted to use a closed accumulator: {self._name}")
 
-    def _add(self, gradient: Any, local_step: int) -> bool | Callable[[], object]:
+    def _add(self, gradient: Any, local_step: int, worker: Hashable) -> bool | Callable[[], object]:
         """Adds a gradient unless it is stale, as ``None`` is.
 
         Returns:
           Whether it was accepted; or what has to be compiled first.
         """
         counts, queue = self._counts, self._queue
-        if gradient is None or local_step < counts.global_step:
+        staleness = counts.global_step - local_step
+        if staleness < 0:
+            staleness = 0
+        is_accepted = gradient is not None and staleness <= self._oldest
+        if is_accepted:
+            num_accumulated = counts.num_accumulated + (staleness <= self._policy.max_staleness)
+            will_take = bool(queue) and queue[0].num_required <= num_accumulated
+            compile_ahead = self._accumulated.prepare(gradient, will_take)
+            if compile_ahead is not None:
+                return compile_ahead
+        tally = None if worker is None else self._workers[worker]
+        age = min(staleness, _OLDEST_AGE)
+        if is_accepted:
+            self._accumulated.add(gradient, staleness)
+        else:
             counts.stale += 1
-            logger.debug("stale gradient: %d < %d", local_step, counts.global_step)
-            return False
-        will_take = bool(queue) and queue[0].num_required <= counts.num_accumulated + 1
-        compile_ahead = self._accumulated.prepare(gradient, will_take)
-        if compile_ahead is None:
-            self._accumulated.add(gradient)
-            return True
-        return compile_ahead
+        # What follows calls nothing, and is counted together with the rest.
+        self._ages[age] += 1
+        if tally is not None:
+            tally.ages[age] += 1
+            if is_accepted:
+                tally.accepted += 1
+            else:
+                tally.stale += 1
+        return is_accepted
 
     def _enqueue(self, waiter: Waiter) -> None:
         """Puts a waiter at the end of the queue, and serves it if its turn has come."""
@@ -278,17 +330,23 @@ class Coordinator:
     def _serve_head(self, head: Waiter) -> bool:
         """Gives ``head`` what nobody claimed, or all there is, if it is enough."""
         unclaimed = self._unclaimed
-        if unclaimed and unclaimed[0].num_accumulated >= head.num_required:
+        if unclaimed and self._suits(unclaimed[0].num_accumulated, head.num_required):
             head.outcome[:] = map(collections.deque.popleft, (unclaimed,))
             return True
         if self._counts.num_accumulated < head.num_required:
             return False
         try:
-            self._accumulated.take(head.outcome)
+            self._accumulated.take(head.outcome, head.num_required)
         except Exception as error:  # out of memory, say: the taker's concern, not the applier's
             head.outcome[0] = error
             self._close_if_lost()
         return True
+
+    def _suits(self, num_accumulated: int, num_required: int) -> bool:
+        """Whether what one taker left is what another wants."""
+        if self._policy.exactly:
+            return num_accumulated == num_required
+        return num_accumulated >= num_required
 
     def _release(self, head: Waiter) -> None:
         """Wakes the head of the queue, which has its outcome, and lets it go."""

@@ -14,7 +14,7 @@ from jax.extend.core import get_opaque_trace_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxaccum._accumulator.state import AccumulatorState
-from jaxaccum._coordinator.staging import round_up
+from jaxaccum._coordinator.host_memory import round_up
 
 _partition: Callable[..., PartitionSpec] = PartitionSpec  # jax leaves both untyped
 _trace_state: Callable[[], object] = get_opaque_trace_state
@@ -92,6 +92,10 @@ class Placement:
         """Moves ``state`` where it belongs."""
         placed = jax.device_put(state, self.gradients)
         return dataclasses.replace(placed, values=jax.device_put(state.values, self._values))
+
+    def place_dense(self, total: jax.Array) -> jax.Array:
+        """Moves the sum of a dense leaf where it belongs."""
+        return jax.device_put(total, self.gradients)
 
     def trim(
         self, indices: jax.Array, values: jax.Array, num_rows: int
