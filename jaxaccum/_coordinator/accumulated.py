@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -28,6 +29,27 @@ class Counts:
     stale: int = 0
     invalid: int = 0
     taken: int = 0
+
+
+# Gradients of this age and older are counted together.
+OLDEST_AGE = 1000
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Tally:
+    """What became of the gradients of one worker."""
+
+    accepted: int = 0
+    stale: int = 0
+    invalid: int = 0
+    ages: collections.defaultdict[int, int] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(int)
+    )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns it as users see it."""
+        counts = {"accepted": self.accepted, "stale": self.stale, "invalid": self.invalid}
+        return counts | {"staleness": dict(sorted(self.ages.items()))}
 
 
 @dataclasses.dataclass(slots=True, eq=False)

@@ -23,10 +23,10 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from jaxaccum._coordinator.accumulated import Accumulated, Taken
+from jaxaccum._coordinator.accumulated import OLDEST_AGE, Accumulated, Taken, Tally
 from jaxaccum._coordinator.arguments import as_required, as_step, as_timeout
 from jaxaccum._coordinator.errors import CancelledError, DeadlineExceededError, InvalidArgumentError
-from jaxaccum._coordinator.placement import outside_jit
+from jaxaccum._coordinator.placement import is_at_home, outside_jit
 from jaxaccum._coordinator.spec import TreeSpec
 
 logger = logging.getLogger("jaxaccum")
@@ -48,27 +48,6 @@ class Waiter:
     num_required: int
     wake: Callable[[], object]
     outcome: list[Any] = dataclasses.field(default_factory=lambda: [None])
-
-
-# Gradients of this age and older are counted together.
-_OLDEST_AGE = 1000
-
-
-@dataclasses.dataclass(slots=True, eq=False)
-class Tally:
-    """What became of the gradients of one worker."""
-
-    accepted: int = 0
-    stale: int = 0
-    invalid: int = 0
-    ages: collections.defaultdict[int, int] = dataclasses.field(
-        default_factory=lambda: collections.defaultdict(int)
-    )
-
-    def as_dict(self) -> dict[str, Any]:
-        """Returns it as users see it."""
-        counts = {"accepted": self.accepted, "stale": self.stale, "invalid": self.invalid}
-        return counts | {"staleness": dict(sorted(self.ages.items()))}
 
 
 class Coordinator:
@@ -117,7 +96,8 @@ class Coordinator:
             if self._counts.global_step - local_step <= self._oldest:
                 # Outside the lock, for it may copy much. It reads nothing that changes.
                 read = self._accumulated.read(*gradient)
-            while callable(outcome := self._locked(self._add, read, local_step, worker)):
+            locked = self._alone if is_at_home() else self._locked  # the same, in less time
+            while callable(outcome := locked(self._add, read, local_step, worker)):
                 outcome()
             return outcome
         except InvalidArgumentError:
@@ -235,6 +215,10 @@ class Coordinator:
     def _locked(
         self, act: Callable[..., _Result], *args: Any, even_closed: bool = False
     ) -> _Result:
+        """Calls ``act`` under the lock, whatever mesh the caller has set; refuses to be traced."""
+        return self._alone(act, *args, even_closed=even_closed)
+
+    def _alone(self, act: Callable[..., _Result], *args: Any, even_closed: bool = False) -> _Result:
         """Calls ``act`` under the lock, alone, and serves whom it has made ready.
 
         Between the lock and ``_is_busy``, and between that and what is done last, nothing is
@@ -251,7 +235,7 @@ class Coordinator:
             self._is_busy = True
             try:
                 try:
-                    if not even_closed:
+                    if self.is_closed and not even_closed:
                         self._check_open()
                     return act(*args)
                 except BaseException:
@@ -277,30 +261,37 @@ class Coordinator:
         """
         counts, queue = self._counts, self._queue
         staleness = counts.global_step - local_step
-        if staleness < 0:
-            staleness = 0
-        is_accepted = gradient is not None and staleness <= self._oldest
-        if is_accepted:
+        if gradient is None or staleness > self._oldest:
+            return self._refuse(staleness, worker)
+        staleness = staleness if staleness > 0 else 0
+        will_take = False
+        if queue:
             num_accumulated = counts.num_accumulated + (staleness <= self._policy.max_staleness)
-            will_take = bool(queue) and queue[0].num_required <= num_accumulated
-            compile_ahead = self._accumulated.prepare(gradient, will_take)
-            if compile_ahead is not None:
-                return compile_ahead
+            will_take = queue[0].num_required <= num_accumulated
+        compile_ahead = self._accumulated.prepare(gradient, will_take)
+        if compile_ahead is not None:
+            return compile_ahead
         tally = None if worker is None else self._workers[worker]
-        age = min(staleness, _OLDEST_AGE)
-        if is_accepted:
-            self._accumulated.add(gradient, staleness)
-        else:
-            counts.stale += 1
+        self._accumulated.add(gradient, staleness)
         # What follows calls nothing, and is counted together with the rest.
+        age = staleness if staleness < OLDEST_AGE else OLDEST_AGE
         self._ages[age] += 1
         if tally is not None:
             tally.ages[age] += 1
-            if is_accepted:
-                tally.accepted += 1
-            else:
-                tally.stale += 1
-        return is_accepted
+            tally.accepted += 1
+        return True
+
+    def _refuse(self, staleness: int, worker: Hashable) -> bool:
+        """Counts a stale gradient."""
+        logger.debug("stale gradient: %d steps old", staleness)
+        age = min(staleness, OLDEST_AGE)
+        tally = None if worker is None else self._workers[worker]
+        self._counts.stale += 1
+        self._ages[age] += 1
+        if tally is not None:
+            tally.ages[age] += 1
+            tally.stale += 1
+        return False
 
     def _enqueue(self, waiter: Waiter) -> None:
         """Puts a waiter at the end of the queue, and serves it if its turn has come."""

@@ -40,6 +40,7 @@ logger = logging.getLogger("jaxaccum")
 
 # So many takes in a row must have needed a fourth of the capacity at most before it shrinks.
 _WINDOW, _SLACK = 8, 4
+_ENDLESS = 1 << 62
 _Struct: Callable[..., jax.ShapeDtypeStruct] = jax.ShapeDtypeStruct  # jax leaves it untyped
 _Key = tuple[object, ...]
 
@@ -83,18 +84,23 @@ class DeviceState:
         self._box: list[Leaves] = []
         self._programs: Programs
         self._kind: Kind
-        self._row_shapes: tuple[Shape, ...] = ()
+        self._row_shapes: list[Shape] = []
         self._capacities = [0] * len(spec.tables)
         # Gradients counted but not dispatched yet; all else that dispatches sends them first.
         self._stage: Stage | None = None
         self._num_held = 0  # gradients added since the last take
-        self._bounds = [0] * len(spec.tables)  # on the rows held: the slices since the last take
+        # How many slices surely fit at most, and now: less by those of each gradient. Where a table
+        # can hold all its rows, that is beyond all numbers.
+        self._space = [0] * len(spec.tables)
+        self._room = [0] * len(spec.tables)
+        self._next_room = self._room  # with the gradient that has just been prepared
         self._cycle: set[tuple[int, ...]] = set()  # padded sizes of the gradients since then
         self._num_grown = 0
         # What the last takes needed of each table: its rows and one more gradient.
         self._needed: collections.deque[list[int]] = collections.deque(maxlen=_WINDOW)
         # What has been compiled for sums like the present ones: a kind of program, and sizes.
         self._compiled: set[_Key] = set()
+        self._last_key: _Key | None = None  # of the gradients that were last found to fit
         self._sizes: set[tuple[int, ...]] = set()
         self._compiler = threading.RLock()
 
@@ -102,35 +108,33 @@ class DeviceState:
         self, gradient: HostGradient | None, will_take: bool
     ) -> Callable[[], object] | None:
         """Sees to the capacities for a gradient; see `Accumulated.prepare`."""
-        bounds = self._bounds
+        room = self._room
         if gradient is not None:
-            bounds = [*map(operator.add, bounds, gradient.num_slices)]
-            if (
-                self._row_shapes != gradient.row_shapes
-                or not self._num_held
-                or any(map(operator.gt, bounds, self._capacities))
-            ):
-                compile_ahead = self._fit(gradient)
+            room = [*map(operator.sub, room, gradient.num_slices)]
+            key: _Key = (gradient.is_small, gradient.sizes, gradient.row_shapes)
+            if key != self._last_key or not self._num_held or (room and min(room) < 0):
+                compile_ahead = self._fit(gradient) or self._plan_apply(gradient)
                 if compile_ahead is not None:
                     return compile_ahead
-                bounds = [*map(operator.add, self._bounds, gradient.num_slices)]
-            key: _Key = (gradient.is_small, gradient.sizes)
-            if key not in self._compiled:
-                return self._plan_apply(key, gradient)
+                self._last_key = key
+                room = [*map(operator.sub, self._room, gradient.num_slices)]
+            self._next_room = room
         if will_take:
-            sizes = tuple(map(round_up, bounds, self._capacities))
+            sizes = self._take_sizes(room)
             return self._plan(("take", sizes), self._programs.take, self._box[0], sizes)
         return None
 
     def add(self, gradient: HostGradient, staleness: int) -> None:
         """Adds a gradient, or stages it."""
-        counts, stage = self.counts, None
-        bounds = [*map(operator.add, self._bounds, gradient.num_slices)]
-        self._cycle.add(gradient.sizes)
+        counts, stage, room = self.counts, None, self._next_room
         if gradient.is_small:
-            stage = self._write_staged(gradient, staleness)
+            stage = self._stage
+            if stage is None or stage.sizes != gradient.sizes or stage.num_staged == stage.depth:
+                stage = self._begin_stage(gradient)
+            stage.write(gradient, staleness)
         else:
             self._flush()
+            self._cycle.add(gradient.sizes)
             box, arguments = self._box, zip(self._arguments(gradient, staleness))
             box[:] = map(self._programs.apply, box, *arguments)
             # No calls from here on: see the module's docstring.
@@ -142,16 +146,15 @@ class DeviceState:
             counts.num_accumulated += 1
         counts.accepted += 1
         self._num_held += 1
-        self._bounds = bounds
+        self._room = room
 
     def take(self, outcome: list[Any], num_required: int) -> None:
         """Takes everything there is."""
         self._flush()
         counts, box, out = self.counts, self._box, list[Any]()
         largest = tuple(map(max, zip(*self._cycle, strict=True)))
-        taken = TakenSums(counts.num_accumulated, None, largest or (0,) * len(self._bounds))
-        sizes = tuple(map(round_up, self._bounds, self._capacities))
-        bounds, cycle = [0] * len(sizes), set[tuple[int, ...]]()
+        taken = TakenSums(counts.num_accumulated, None, largest or (0,) * len(self._room))
+        sizes, cycle = self._take_sizes(self._room), set[tuple[int, ...]]()
         out[:] = map(self._programs.take, box, (sizes,))
         # No calls from here on: see the module's docstring.
         box[0], taken.arrays = out[0]
@@ -159,7 +162,7 @@ class DeviceState:
         counts.num_accumulated = self._num_held = 0
         counts.taken += 1
         counts.global_step += 1
-        self._bounds, self._cycle = bounds, cycle
+        self._room, self._cycle = self._space, cycle
 
     @outside_jit
     def deliver(self, taken: Taken, *, trim: bool) -> tuple[list[IndexedSlices], list[jax.Array]]:
@@ -184,7 +187,7 @@ class DeviceState:
     def statistics(self) -> dict[str, Any]:
         """Returns the rows held, when the device has got there, and what they take."""
         states = self._sums().tables if self._box else ()
-        rows = [int(state.num_rows) for state in states] or [0] * len(self._bounds)
+        rows = [int(state.num_rows) for state in states] or [0] * len(self._room)
         capacities = [
             c or least or 0 for c, least in zip(self._capacities, self._least, strict=True)
         ]
@@ -215,15 +218,15 @@ class DeviceState:
         counts, spec = self.counts, self._spec
         num_accumulated, step = int(saved["num_accumulated"]), int(saved["global_step"])
         num_held = num_accumulated + (int(saved["num_carried"]) if spec.policy.carry_over else 0)
-        sums, bounds = load_sums(spec, saved, num_held, self._capacities, self._placement)
-        self._hold(sums, bounds)
+        sums, rows = load_sums(spec, saved, num_held, self._capacities, self._placement)
+        self._hold(sums, rows)
         # No calls from here on: see the module's docstring.
         counts.num_accumulated, counts.global_step = num_accumulated, step
         self._num_held = num_held
 
     def clear(self) -> None:
         """Frees the device's memory."""
-        self._hold(None, [0] * len(self._bounds))
+        self._hold(None, [0] * len(self._room))
 
     def is_lost(self) -> bool:
         """Whether a dispatch failed after it had been given the buffers of the sums."""
@@ -234,24 +237,33 @@ class DeviceState:
         sums: Sums = jax.tree.unflatten(self._kind.treedef, self._box[0])
         return sums
 
-    def _hold(self, sums: Sums | None, bounds: list[int]) -> None:
-        """Replaces the present sums, and what is staged, by ``sums``, or by none."""
+    def _hold(self, sums: Sums | None, rows: list[int]) -> None:
+        """Replaces the present sums, and what is staged, by ``sums`` of so many rows, or none."""
         spec = self._spec
         leaves, treedef = jax.tree.flatten(sums)
-        row_shapes: tuple[Shape, ...] = ()
-        box, capacities = [], [0] * len(bounds)
+        row_shapes: list[Shape] = []
+        box, capacities = [], [0] * len(rows)
         if sums is not None:
             box = [tuple(leaves)]
             capacities = [state.capacity for state in sums.tables]
-            row_shapes = tuple(state.values.shape[1:] for state in sums.tables)
-            row_shapes += tuple(leaf.shape for leaf in sums.dense)
+            row_shapes = [state.values.shape[1:] for state in sums.tables]
+            row_shapes += [leaf.shape for leaf in sums.dense]
         dtypes = tuple(leaf.dtype for leaf in spec.dense)
         kind = Kind(treedef, spec.leaves[0].reduction, dtypes, spec.policy.staleness_weight)
         programs, compiled = make_programs(kind), set[_Key]()
+        space = [
+            _ENDLESS if capacity == table.num_rows else capacity
+            for capacity, table in zip(capacities, spec.tables, strict=True)
+        ]
+        room = [*map(operator.sub, space, rows)]
         # No calls from here on: see the module's docstring.
         self._box[:], self._kind, self._programs, self._row_shapes = box, kind, programs, row_shapes
-        self._capacities, self._bounds, self._stage = capacities, bounds, None
-        self._compiled = compiled
+        self._capacities, self._space, self._room, self._stage = capacities, space, room, None
+        self._compiled, self._last_key = compiled, None
+
+    def _take_sizes(self, room: list[int]) -> tuple[int, ...]:
+        """How many rows of each table may be held at most, rounded up."""
+        return tuple(map(round_up, map(operator.sub, self._space, room), self._capacities))
 
     def _plan(self, key: _Key, program: Any, held: Any, *args: Any) -> Callable[[], object] | None:
         """Returns what compiles ``program`` for what is held, or ``None`` if that is done."""
@@ -272,9 +284,13 @@ class DeviceState:
 
         return compile_ahead
 
-    def _plan_apply(self, key: _Key, gradient: HostGradient) -> Callable[[], object] | None:
+    def _plan_apply(self, gradient: HostGradient) -> Callable[[], object] | None:
+        """Returns what compiles the program that adds such gradients, if that is not done."""
         self._sizes.add(gradient.sizes)
+        key: _Key = (gradient.is_small, gradient.sizes)
         leaves, programs = self._box[0], self._programs
+        if key in self._compiled:
+            return None
         if not gradient.is_small:
             return self._plan(key, programs.apply, leaves, *self._arguments(gradient, 0))
         stage = Stage(gradient, self._spec)
@@ -286,14 +302,12 @@ class DeviceState:
         is_weighted = self._spec.policy.staleness_weight is not None
         return gradient.indices, gradient.values, gradient.dense, age if is_weighted else None
 
-    def _write_staged(self, gradient: HostGradient, staleness: int) -> Stage:
-        """Returns the stage with ``gradient`` in it, which does not count there yet."""
-        stage = self._stage
-        if stage is None or stage.sizes != gradient.sizes or stage.num_staged == stage.depth:
-            stage = Stage(gradient, self._spec)
-            self._flush()
-            self._stage = stage
-        stage.write(gradient, staleness)
+    def _begin_stage(self, gradient: HostGradient) -> Stage:
+        """Sends what is staged, and makes a stage for such gradients."""
+        stage = Stage(gradient, self._spec)
+        self._flush()
+        self._cycle.add(gradient.sizes)
+        self._stage = stage
         return stage
 
     def _flush(self) -> None:
@@ -313,13 +327,14 @@ class DeviceState:
             for given, size in zip(self._least, gradient.sizes, strict=True)
         ]
         if self._row_shapes != gradient.row_shapes:
-            held = self._row_shapes if self._num_held else [None] * len(gradient.row_shapes)
-            for spec, shape, old in zip(self._spec.leaves, gradient.row_shapes, held, strict=True):
-                spec.check_row(shape, old)
+            for i, (spec, shape) in enumerate(
+                zip(self._spec.leaves, gradient.row_shapes, strict=True)
+            ):
+                spec.check_row(shape, self._row_shapes[i] if self._num_held else None)
             pairs = zip(self._capacities, least, strict=True)
             self._renew(gradient, [old or new for old, new in pairs])
         for i, num_slices in enumerate(gradient.num_slices):
-            if self._bounds[i] + num_slices > self._capacities[i]:
+            if self._room[i] < num_slices:
                 compile_ahead = self._grow(i, num_slices)
                 if compile_ahead is not None:
                     return compile_ahead
@@ -345,22 +360,19 @@ class DeviceState:
         To find out, it waits for the device; so it grows too if more than half is full, lest the
         next gradient wait again.
         """
-        capacity, spec = self._capacities[i], self._spec.tables[i]
-        if capacity == limit(spec, capacity + 1):
-            return None  # as many as there are rows
-        sums = self._sums()
-        state, bounds = sums.tables[i], [*self._bounds]
-        held = bounds[i] = int(state.num_rows)
+        capacity, sums = self._capacities[i], self._sums()
+        state, rows = sums.tables[i], [*map(operator.sub, self._space, self._room)]
+        held = rows[i] = int(state.num_rows)
         if max(held + num_slices, 2 * held) <= capacity:
-            self._bounds = bounds
+            self._room = [*map(operator.sub, self._space, rows)]
             return None
-        capacity = limit(spec, round_up(max(held + num_slices, 2 * capacity)))
+        capacity = limit(self._spec.tables[i], round_up(max(held + num_slices, 2 * capacity)))
         compile_ahead = self._plan(("grow", i, capacity), grow, state, capacity)
         if compile_ahead is None:
             tables = [*sums.tables]
             tables[i] = self._placement.place(grow(state, capacity))
             self._needed.clear()
-            self._hold(sums._replace(tables=tuple(tables)), bounds)
+            self._hold(sums._replace(tables=tuple(tables)), rows)
             self._num_grown += 1
             logger.info("accumulator grown to %d rows", capacity)
         return compile_ahead

@@ -50,31 +50,41 @@ class HostGradient(NamedTuple):
       num_slices: how many slices of each table come before the padding.
       sizes: to which they are padded.
       row_shapes: shapes of a row of each table, and then of the dense leaves.
-      num_bytes: of it all, padded.
       is_small: whether it is to be copied to a stage, before the caller's call returns.
     """
 
-    indices: tuple[np.ndarray, ...]
-    values: tuple[_Values, ...]
-    dense: tuple[_Values, ...]
-    num_slices: tuple[int, ...]
+    indices: list[np.ndarray]
+    values: list[_Values]
+    dense: list[_Values]
+    num_slices: list[int]
     sizes: tuple[int, ...]
-    row_shapes: tuple[tuple[int, ...], ...]
-    num_bytes: int
+    row_shapes: list[tuple[int, ...]]
     is_small: bool
 
+    @property
+    def num_bytes(self) -> int:
+        """What it takes, padded."""
+        rows = zip(self.sizes, self.values, strict=True)
+        of_tables = sum(count_bytes(size, each.shape[1:], each.dtype) for size, each in rows)
+        return of_tables + sum(leaf.nbytes for leaf in self.dense)
 
-def read_rows(spec: TreeSpec, sharding: _Sharding, *gradient: Any) -> HostGradient:
+
+def read_rows(
+    spec: TreeSpec,
+    sharding: _Sharding,
+    indices: Any,
+    values: Any,
+    dense_shape: Any,
+    padding: int | None = None,
+) -> HostGradient:
     """Checks a gradient of a single table, and pads it: `check_rows` tells the arguments."""
-    (table,) = spec.tables
-    indices, values = check_rows(table, *gradient)
-    shape = values.shape
-    size, row_shape = round_up(shape[0]), shape[1:]
-    num_bytes = count_bytes(size, row_shape, table.dtype)
-    is_small = isinstance(values, np.ndarray) and num_bytes <= SMALL
-    read = HostGradient(
-        (indices,), (values,), (), (shape[0],), (size,), (row_shape,), num_bytes, is_small
-    )
+    table = spec.tables[0]
+    indices, values, size = check_rows(table, indices, values, dense_shape, padding)
+    shape, is_small = values.shape, isinstance(values, np.ndarray)
+    row_shape = shape[1:]
+    if is_small:
+        is_small = count_bytes(size, row_shape, table.dtype) <= SMALL
+    read = HostGradient([indices], [values], [], [shape[0]], (size,), [row_shape], is_small)
     return read if is_small else _pad_all(read, spec, sharding)
 
 
@@ -87,69 +97,63 @@ def read_dense(spec: TreeSpec, sharding: _Sharding, gradient: Any) -> HostGradie
 def assemble(
     spec: TreeSpec,
     sharding: _Sharding,
-    tables: list[tuple[np.ndarray, _Values]],
+    tables: list[tuple[np.ndarray, _Values, int]],
     dense: list[_Values],
 ) -> HostGradient:
     """Puts the checked leaves of one gradient together, padded unless they are small."""
-    shapes = [values.shape for _, values in tables]
-    sizes = [round_up(shape[0]) for shape in shapes]
-    num_bytes = sum([leaf.nbytes for leaf in dense])
-    is_small = all(isinstance(leaf, np.ndarray) for leaf in dense)
-    for size, shape, (_, values) in zip(sizes, shapes, tables, strict=True):
-        num_bytes += count_bytes(size, shape[1:], values.dtype)
-        is_small = is_small and isinstance(values, np.ndarray)
+    indices, values, num_slices, sizes = [], [], [], []
+    row_shapes: list[tuple[int, ...]] = []
+    num_bytes, is_small = 0, True
+    for ids, rows, size in tables:
+        shape = rows.shape
+        row_shape = shape[1:]
+        indices.append(ids)
+        values.append(rows)
+        num_slices.append(shape[0])
+        sizes.append(size)
+        row_shapes.append(row_shape)
+        num_bytes += count_bytes(size, row_shape, rows.dtype)
+        is_small = is_small and isinstance(rows, np.ndarray)
+    for leaf in dense:
+        row_shapes.append(leaf.shape)
+        num_bytes += leaf.nbytes
+        is_small = is_small and isinstance(leaf, np.ndarray)
     is_small = is_small and num_bytes <= SMALL
-    read = HostGradient(
-        tuple([indices for indices, _ in tables]),
-        tuple([values for _, values in tables]),
-        tuple(dense),
-        tuple([shape[0] for shape in shapes]),
-        tuple(sizes),
-        tuple([shape[1:] for shape in shapes] + [leaf.shape for leaf in dense]),
-        num_bytes,
-        is_small,
-    )
+    read = HostGradient(indices, values, dense, num_slices, tuple(sizes), row_shapes, is_small)
     return read if is_small else _pad_all(read, spec, sharding)
 
 
 def _pad_all(read: HostGradient, spec: TreeSpec, sharding: _Sharding) -> HostGradient:
-    """Returns a gradient of its own memory, wherever NumPy could change it, of padded sizes."""
+    """Returns a gradient of padded sizes, in memory of its own wherever NumPy could change it."""
     return read._replace(
-        indices=tuple(
+        indices=[
             pad(ids, size, table.padding, _INT32)
             for ids, size, table in zip(read.indices, read.sizes, spec.tables, strict=True)
-        ),
-        values=tuple(
+        ],
+        values=[
             pad(rows, size, None, rows.dtype)
             if isinstance(rows, np.ndarray)
             else _transfer(rows, size, sharding)
             for rows, size in zip(read.values, read.sizes, strict=True)
-        ),
-        dense=tuple(
+        ],
+        dense=[
             copy(leaf) if isinstance(leaf, np.ndarray) else _transfer(leaf, None, sharding)
             for leaf in read.dense
-        ),
+        ],
         is_small=False,
     )
 
 
 def make_own(read: HostGradient) -> HostGradient:
     """Returns a gradient that nobody can change or donate any more."""
-    if read.is_small:
-        return read._replace(
-            indices=tuple(map(copy, read.indices)),
-            values=tuple(map(copy, cast("tuple[np.ndarray, ...]", read.values))),
-            dense=tuple(map(copy, cast("tuple[np.ndarray, ...]", read.dense))),
-        )
-    return read._replace(
-        values=tuple(map(_copy_on_device, read.values)),
-        dense=tuple(map(_copy_on_device, read.dense)),
-    )
+    indices = list(map(copy, read.indices)) if read.is_small else read.indices
+    values, dense = list(map(_copied, read.values)), list(map(_copied, read.dense))
+    return read._replace(indices=indices, values=values, dense=dense)
 
 
 def check_rows(
     spec: Spec, indices: Any, values: Any, dense_shape: Any, padding: int | None = None
-) -> tuple[np.ndarray, _Values]:
+) -> tuple[np.ndarray, _Values, int]:
     """Checks a gradient of a table against what is fixed for good.
 
     Args:
@@ -160,12 +164,15 @@ def check_rows(
       padding: the index that marks padding in this gradient, ``None`` if none does.
 
     Returns:
-      Indices and values, in host memory where it spares a transfer.
+      Indices and values, in host memory where it spares a transfer; and the size to pad them to.
 
     Raises:
       InvalidArgumentError: with TensorFlow's message.
     """
-    indices, values = _as_array(indices, "grad_indices"), _as_values(values, spec.dtype)
+    if type(indices) is not np.ndarray:
+        indices = _as_array(indices, "grad_indices")
+    if type(values) is not np.ndarray or values.dtype != spec.dtype:
+        values = _as_values(values, spec.dtype)
     shape = values.shape
     if indices.ndim != 1:
         raise InvalidArgumentError(
@@ -179,10 +186,10 @@ def check_rows(
     if dense_shape is not None and spec.shape and dense_shape is not spec.shape:
         check_shape("shape", spec.shape, _as_shape(dense_shape))
     indices = _check_range(np.asarray(indices), padding, spec.padding)
-    is_padded = num_slices != round_up(num_slices)
-    if is_padded and not isinstance(values, np.ndarray) and is_in_host_memory(values):
+    size = round_up(num_slices)
+    if not isinstance(values, np.ndarray) and num_slices != size and is_in_host_memory(values):
         values = np.asarray(values)
-    return indices, values
+    return indices, values, size
 
 
 def check_dense(spec: DenseSpec, leaf: Any) -> _Values:
@@ -194,7 +201,7 @@ def check_dense(spec: DenseSpec, leaf: Any) -> _Values:
 
 
 def _as_array(given: Any, name: str) -> np.ndarray | jax.Array:
-    if type(given) is np.ndarray or isinstance(given, jax.Array):
+    if isinstance(given, jax.Array):
         return given
     if isinstance(given, np.ma.MaskedArray):
         raise InvalidArgumentError(
@@ -221,9 +228,10 @@ def _check_range(indices: np.ndarray, padding: int | None, limit: int) -> np.nda
     if not indices.size:
         return indices
     end = limit if padding is None else min(limit, padding)
-    # Negative numbers are large unsigned ones: one pass finds both kinds of outliers.
+    # Negative numbers are large unsigned ones: one pass finds both kinds of outliers. Of a few
+    # indices argmax finds the largest in a third of the time that max takes.
     bits = indices.view(unsigned)
-    if np.maximum.reduce(bits) < end:
+    if bits.item(bits.argmax()) < end:
         return indices
     is_bad = bits >= end
     if padding is not None:
@@ -296,8 +304,8 @@ def _transfer(values: jax.Array, size: int | None, sharding: _Sharding) -> jax.A
 
 
 @outside_jit
-def _copy_on_device(array: _Values) -> _Values:
-    return array if isinstance(array, np.ndarray) else jnp.copy(array)
+def _copied(array: _Values) -> _Values:
+    return copy(array) if isinstance(array, np.ndarray) else jnp.copy(array)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -18,6 +18,7 @@ from jaxaccum._coordinator.host_memory import round_up
 
 _partition: Callable[..., PartitionSpec] = PartitionSpec  # jax leaves both untyped
 _trace_state: Callable[[], object] = get_opaque_trace_state
+_get_mesh = jax.sharding.get_abstract_mesh
 _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
 
@@ -30,14 +31,20 @@ def outside_jit(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
 
     @functools.wraps(function)
     def call(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
-        if is_traced():
-            raise RuntimeError("an accumulator lives outside jit: use it in ordinary Python code")
-        if jax.sharding.get_abstract_mesh().empty:
-            return function(*args, **kwargs)
-        with jax.set_mesh(Mesh(np.empty((), object), ())):
-            return function(*args, **kwargs)
+        if not is_at_home():
+            if is_traced():
+                raise RuntimeError("an accumulator lives outside jit: use it in ordinary Python")
+            if not _get_mesh().empty:
+                with jax.set_mesh(Mesh(np.empty((), object), ())):
+                    return function(*args, **kwargs)
+        return function(*args, **kwargs)
 
     return call
+
+
+def is_at_home() -> bool:
+    """Whether nothing is known to be traced, and no mesh is set: then devices may be used."""
+    return _trace_state() in _OUTSIDE and _get_mesh().empty
 
 
 def is_traced() -> bool:

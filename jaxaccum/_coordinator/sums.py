@@ -21,7 +21,7 @@ SMALLEST_CAPACITY = 1024
 
 
 def make_empty(
-    spec: TreeSpec, row_shapes: tuple[Shape, ...], capacities: Sequence[int], placement: Placement
+    spec: TreeSpec, row_shapes: Sequence[Shape], capacities: Sequence[int], placement: Placement
 ) -> Sums:
     """Returns sums of nothing, of rows and dense leaves of these shapes."""
     weight, num_tables = spec.policy.staleness_weight, len(spec.tables)
@@ -109,7 +109,7 @@ def load_sums(
         max(capacity, round_up(ids.size), SMALLEST_CAPACITY)
         for capacity, (ids, _) in zip(capacities, rows, strict=True)
     ]
-    empty = make_empty(spec, tuple(shapes), needed, placement)
+    empty = make_empty(spec, shapes, needed, placement)
     count = np.int32(min(num_held, 2**31 - 1))
     tables = tuple(
         placement.place(_with_rows(leaf, state, ids, each, touches, count))

@@ -20,6 +20,7 @@ from jaxaccum._rows.tables import Tables
 from jaxaccum._rows.tree import PyTree
 
 _DEFAULT_NAME = "tree_accumulator"
+_ACCEPTED, _STALE = Verdict.ACCEPTED, Verdict.STALE  # an enumeration is slow to look into
 
 
 @public
@@ -173,8 +174,7 @@ class TreeAccumulator(Handle):
           1
         """
         is_accepted = self._core.apply(local_step, grads, worker=worker)
-        verdict = Verdict.ACCEPTED if is_accepted else Verdict.STALE
-        return Applied(verdict, self._core.global_step)
+        return Applied(_ACCEPTED if is_accepted else _STALE, self._core.global_step)
 
     def take_grad(
         self, num_required: int, *, timeout: float | None = None, trim: bool = False

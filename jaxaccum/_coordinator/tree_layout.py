@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,8 @@ from jaxaccum._rows.tables import Tables, select_tables
 from jaxaccum._rows.tree import PyTree
 from jaxaccum._rows.unique_rows import is_slices
 
+_Kind = TypeVar("_Kind", bound=Spec)
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
@@ -27,12 +29,13 @@ class Layout:
 
     Attributes:
       spec: what they are.
-      places: where they stand among the leaves of the tree.
-      paths: how errors call them.
+      tables, dense: what each is, and its place among the leaves of the tree.
+      paths: how errors call the leaves of the tree.
     """
 
     spec: TreeSpec
-    places: tuple[int, ...]
+    tables: tuple[tuple[Spec, int], ...]
+    dense: tuple[tuple[DenseSpec, int], ...]
     paths: tuple[str, ...]
 
     def read(self, spec: TreeSpec, sharding: jax.sharding.Sharding, grads: PyTree) -> HostGradient:
@@ -41,38 +44,38 @@ class Layout:
             leaves = spec.structure.flatten_up_to(grads)
         except ValueError as error:
             raise InvalidArgumentError(
-                f"grads must be a tree as the accumulator is of: {error}"
+                f"grads must be a tree like the accumulator: {error}"
             ) from None
-        tables, dense = [], []
-        i = 0
+        tables, dense, place = [], [], 0
         try:
-            for i, place in enumerate(self.places):
-                leaf = leaves[place]
-                if i < len(spec.tables):
-                    tables.append(_check_table(spec.tables[i], leaf))
-                else:
-                    dense.append(_check_dense(spec.dense[i - len(spec.tables)], leaf))
+            for table, place in self.tables:
+                tables.append(_check_table(table, leaves[place]))
+            for leaf, place in self.dense:
+                dense.append(_check_dense(leaf, leaves[place]))
         except InvalidArgumentError as error:
-            raise InvalidArgumentError(f"grads{self.paths[i]}: {error}") from None
+            raise InvalidArgumentError(f"grads{self.paths[place]}: {error}") from None
         return assemble(spec, sharding, tables, dense)
 
     def join(self, tables: list[IndexedSlices], dense: list[jax.Array]) -> PyTree:
         """Returns the tree of what was taken."""
-        leaves: list[Any] = [None] * len(self.places)
-        for place, leaf in zip(self.places, [*tables, *dense], strict=True):
+        leaves: list[Any] = [None] * len(self.paths)
+        for (_, place), leaf in zip((*self.tables, *self.dense), (*tables, *dense), strict=True):
             leaves[place] = leaf
         return jax.tree.unflatten(self.spec.structure, leaves)
 
 
-def _check_table(spec: Spec, leaf: Any) -> tuple[np.ndarray, np.ndarray | jax.Array]:
+def _check_table(spec: Spec, leaf: Any) -> tuple[np.ndarray, np.ndarray | jax.Array, int]:
     if not isinstance(leaf, IndexedSlices):
         raise InvalidArgumentError(
-            f"a table's gradient must be an IndexedSlices, got {type(leaf).__name__}"
+            f"must be an IndexedSlices, for it is a table; got {type(leaf).__name__}"
         )
-    shape = leaf.dense_shape if leaf.dense_shape != spec.shape else None
-    rows = check_rows(spec, leaf.indices, leaf.values, shape, leaf.padding_index)
-    if rows[1].shape[1:] != spec.row_shape:
-        spec.check_row(rows[1].shape[1:], spec.row_shape)
+    shape, padding = None, spec.padding
+    if leaf.dense_shape != spec.shape:
+        shape, padding = leaf.dense_shape, leaf.padding_index
+    rows = check_rows(spec, leaf.indices, leaf.values, shape, padding)
+    row_shape = rows[1].shape[1:]
+    if row_shape != spec.row_shape:
+        spec.check_row(row_shape, spec.row_shape)
     return rows
 
 
@@ -92,24 +95,26 @@ def make_layout(
         selected = jax.tree.map(is_slices, like, is_leaf=is_slices)
     else:
         selected = select_tables(tables, like)
-    paths, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_slices)
-    if not paths:
+    leaves, structure = jax.tree_util.tree_flatten_with_path(like, is_leaf=is_slices)
+    if not leaves:
         raise ValueError("like must have leaves, got a tree of none")
-    is_table = jax.tree.leaves(selected)
-    places = sorted(range(len(paths)), key=lambda place: not is_table[place])
-    specs = [_spec_of(leaf, is_table[i], reduction, policy) for i, (_, leaf) in enumerate(paths)]
-    num_tables = sum(is_table)
-    keystr = jax.tree_util.keystr
+    tables, dense = [], []
+    for i, ((_, leaf), is_table) in enumerate(zip(leaves, jax.tree.leaves(selected), strict=True)):
+        if is_table:
+            tables.append((_spec_of(Spec, leaf, reduction, policy), i))
+        else:
+            dense.append((_spec_of(DenseSpec, leaf, reduction, policy), i))
     spec = TreeSpec(
-        tuple(specs[place] for place in places[:num_tables]),
-        tuple(specs[place] for place in places[num_tables:]),  # type: ignore[misc]
-        tuple(_name(paths[place][0]) for place in places),
+        tuple(each for each, _ in tables),
+        tuple(each for each, _ in dense),
+        tuple(_name(leaves[place][0]) for _, place in (*tables, *dense)),
         policy,
         structure,
     )
-    given = _capacities(capacity, structure)
-    layout = Layout(spec, tuple(places), tuple(keystr(paths[place][0]) for place in places))
-    return layout, [given[place] for place in places[:num_tables]]
+    paths = tuple(jax.tree_util.keystr(path) for path, _ in leaves)
+    capacities = _capacities(capacity, structure)
+    layout = Layout(spec, tuple(tables), tuple(dense), paths)
+    return layout, [capacities[place] for _, place in tables]
 
 
 def _name(path: Any) -> str:
@@ -117,7 +122,7 @@ def _name(path: Any) -> str:
     return f"{text}/" if text else ""
 
 
-def _spec_of(leaf: Any, is_table: bool, reduction: Reduction, policy: Policy) -> Spec:
+def _spec_of(kind: type[_Kind], leaf: Any, reduction: Reduction, policy: Policy) -> _Kind:
     if is_slices(leaf):
         rows = leaf.dense_shape[0] if leaf.dense_shape else None
         shape, dtype = (rows, *leaf.values.shape[1:]), leaf.values.dtype
@@ -126,7 +131,6 @@ def _spec_of(leaf: Any, is_table: bool, reduction: Reduction, policy: Policy) ->
     if policy.staleness_weight is not None and not jnp.issubdtype(dtype, jnp.inexact):
         raise TypeError(f"staleness_weight needs floating-point or complex leaves, got {dtype}")
     state = init((1,), dtype, capacity=1)
-    kind = Spec if is_table else DenseSpec
     return kind(state.dtype, shape, reduction, state.values.dtype)
 
 
