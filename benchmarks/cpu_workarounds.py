@@ -20,7 +20,7 @@ import optax
 
 import jaxaccum
 from jaxaccum._distributed import exchange
-from jaxaccum._rows import cpu_workarounds, row_arithmetic
+from jaxaccum._rows import cpu_workarounds, prefix_sums, row_arithmetic
 
 ROWS, WIDTH = harness.scaled(1_000_000), 64
 IDS = harness.scaled(16_384)
@@ -75,6 +75,34 @@ def add_parts() -> Step:
     )
 
 
+def accumulate_rows(takes: bool) -> Callable[[], Step]:
+    """An apply of narrow rows, in which counting what comes before weighs most; or with a take."""
+
+    def make() -> Step:
+        ids = gradient(4 * IDS).indices
+        grad = jaxaccum.IndexedSlices(ids, jnp.ones((len(ids), 1)), (ROWS, 1))
+
+        def run(carry: Any, grad: jaxaccum.IndexedSlices) -> Any:
+            state, result = jaxaccum.apply(carry[0], grad, local_step=0)
+            if takes:
+                state, result, _ = jaxaccum.take(state)
+            return state, result
+
+        state = jaxaccum.init((ROWS, 1), capacity=len(ids))
+        return donated(run, run((state, None), grad), grad)
+
+    return make
+
+
+def add_up(counts: jax.Array) -> jax.Array:
+    return jnp.cumsum(counts, dtype=jnp.int32) - counts
+
+
+def count_bits(words: jax.Array) -> jax.Array:
+    bits = (words[:, None] >> jnp.arange(32, dtype=jnp.uint32)) & 1
+    return add_up(bits.reshape(-1).astype(jnp.int32))
+
+
 def leave(rows: jax.Array, indices: jax.Array) -> jax.Array:
     del indices
     return rows
@@ -93,6 +121,13 @@ CASES: dict[str, tuple[Callable[[], Step], Any, str, Callable[..., jax.Array]]] 
         row_arithmetic,
         "compute_with",
         leave,
+    ),
+    f"apply, {4 * IDS:,} ids": (accumulate_rows(False), prefix_sums, "count_by_words", count_bits),
+    f"apply and take, {4 * IDS:,} ids": (
+        accumulate_rows(True),
+        prefix_sums,
+        "sum_by_blocks",
+        add_up,
     ),
     f"all_merge's sums of 8 x {IDS // 4:,} rows": (
         add_parts,

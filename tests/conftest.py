@@ -6,6 +6,7 @@ import os
 
 import hypothesis
 import jax
+import platforms
 import pytest
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -25,6 +26,11 @@ def pytest_addoption(parser):
         help="all dtypes, shapes and sizes, and new random programs (reproduce them by the seed "
         "that is printed, with --hypothesis-seed): what the gate runs",
     )
+    parser.addoption(
+        "--platform",
+        choices=["cuda", "rocm", "tpu"],
+        help="run on the CPU what programs for this platform are made of",
+    )
 
 
 DEVICES = "--xla_force_host_platform_device_count=8"
@@ -36,6 +42,8 @@ HASTY = {"0.10": f"{_HASTY} --xla_cpu_use_fusion_emitters=false", "0.12": _HASTY
 
 
 def pytest_configure(config):
+    if config.getoption("--platform"):
+        jax.lax.platform_dependent = platforms.choose_for(config.getoption("--platform"))
     # Read once, when the first device is asked for: before any test is imported.
     version = ".".join(importlib.metadata.version("jaxlib").split(".")[:2])
     hasty = "" if config.getoption("--full") else HASTY.get(version, "")
@@ -56,10 +64,11 @@ def pytest_collection_modifyitems(config, items):
         compiled = [item for item in items if item.get_closest_marker("aot")]
         config.hook.pytest_deselected(items=compiled)
         items[:] = [item for item in items if item not in compiled]
-    if not config.getoption("--full"):
-        left_out = [item for item in items if item.get_closest_marker("full")]
-        config.hook.pytest_deselected(items=left_out)
-        items[:] = [item for item in items if item not in left_out]
+    for option, has_it, marker in (("--full", False, "full"), ("--platform", True, "cpu")):
+        if bool(config.getoption(option)) is has_it:
+            left_out = [item for item in items if item.get_closest_marker(marker)]
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if item not in left_out]
 
 
 @pytest.fixture

@@ -13,13 +13,25 @@ from jax.typing import ArrayLike
 
 from jaxaccum._accumulator.counters import saturating_add
 from jaxaccum._accumulator.row_index import NOWHERE, Bid, Claim, DirectMap, HashTable
+from jaxaccum._accumulator.staleness import (
+    StalenessWeight,
+    count_gradient,
+    find_staleness,
+    find_weight,
+    weigh,
+)
 from jaxaccum._accumulator.state import AccumulatorState, Verdict, as_int32
 from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
 from jaxaccum._rows.on_mesh import match_rows, unshard
+from jaxaccum._rows.row_arithmetic import expand_to_rows
 
 
 def apply(
-    state: AccumulatorState, grad: IndexedSlices, local_step: ArrayLike | None = None
+    state: AccumulatorState,
+    grad: IndexedSlices,
+    local_step: ArrayLike | None = None,
+    *,
+    staleness_weight: StalenessWeight | None = None,
 ) -> tuple[AccumulatorState, jax.Array]:
     """Adds a gradient to the accumulator, or says why not.
 
@@ -35,14 +47,19 @@ def apply(
       state: the accumulator.
       grad: ``n`` slices; their indices may be unsorted, repeated and padded.
       local_step: int scalar, the step at which the gradient was computed; ``None`` is the current
-        one. A gradient from before ``state.global_step`` is stale, one from a later step is not.
+        one. A gradient from before ``state.global_step`` is stale if it is more steps old than the
+        state's ``max_staleness``; one from a later step is not.
+      staleness_weight: what a gradient weighs that is ``s`` steps old, a positive number for the
+        int32 scalar ``s``; FedBuff's is ``lambda s: 1 / jnp.sqrt(1.0 + s)``. By default all weigh
+        one. `init` must have been told: ``weighted=True``.
 
     Returns:
       The new state, and the `Verdict` as an int32 scalar.
 
     Raises:
       TypeError: ``grad`` is no `IndexedSlices`, or of another dtype than ``state``.
-      ValueError: ``grad`` is of another shape than ``state``, or ids do not fit int32.
+      ValueError: ``grad`` is of another shape than ``state``, or ids do not fit int32; or there is
+        a weight, and the state is not made for it.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxaccum
@@ -54,21 +71,33 @@ def apply(
       (Array(True, dtype=bool), Array(2, dtype=int32))
 
     Source: TensorFlow's ``SparseAccumulatorApplyGradient``; unlike there, rows need not be sorted
-    or unique, and negative indices are refused.
+    or unique, and negative indices are refused. Weights by staleness: Nguyen et al., "Federated
+    Learning with Buffered Asynchronous Aggregation" (2022).
     """
     grad = as_device_slices(grad)
     check_matches(state, grad)
     step = None if local_step is None else as_int32(local_step, "local_step")
-    return _apply(state, grad, step)
+    weight = None
+    if staleness_weight is not None:
+        if not state.is_weighted:
+            raise ValueError("staleness_weight must be None unless init was told weighted=True")
+        # Outside of the jitted function, which would be traced anew for each lambda.
+        staleness = find_staleness(state.global_step, step, state.max_staleness)
+        weight = find_weight(staleness_weight, staleness, state.counts.dtype)
+    return _apply(state, grad, step, weight)
 
 
 @jax.jit
 def _apply(
-    state: AccumulatorState, grad: IndexedSlices, local_step: jax.Array | None
+    state: AccumulatorState,
+    grad: IndexedSlices,
+    local_step: jax.Array | None,
+    weight: jax.Array | None,
 ) -> tuple[AccumulatorState, jax.Array]:
-    is_stale = jnp.bool_(False) if local_step is None else local_step < state.global_step
-    (state,), verdict, _ = apply_all([state], [grad], is_stale)
-    return state, verdict
+    staleness = find_staleness(state.global_step, local_step, state.max_staleness)
+    is_stale = staleness > state.max_staleness
+    (state,), verdict, _ = apply_all([state], [grad], is_stale, weight=weight)
+    return count_gradient(state, verdict, staleness, weight), verdict
 
 
 class _Part(NamedTuple):
@@ -95,21 +124,16 @@ class _Part(NamedTuple):
 
     @property
     def fits(self) -> jax.Array:
-        """Whether there is room for its new rows."""
+        """Whether its new rows can be held beside the others."""
         return self.bid.fits(self.state.num_rows, self.state.capacity)
 
-    def settle(self, verdict: jax.Array, touches: jax.Array) -> AccumulatorState:
-        """Adds the slices if they are accepted; counts the verdict in any case."""
-        state, is_accepted = self.state, verdict == Verdict.ACCEPTED
+    def add(self, is_accepted: jax.Array, touches: jax.Array) -> AccumulatorState:
+        """Adds the slices, or takes the bids back."""
+        state = self.state
         row_index, claim = self.row_index.settle(
             self.bid, state.num_rows, state.capacity, is_accepted
         )
-        state = dataclasses.replace(
-            state,
-            row_index=row_index,
-            num_accumulated=saturating_add(state.num_accumulated, is_accepted),
-            verdict_counts=count_verdict(state.verdict_counts, verdict),
-        )
+        state = dataclasses.replace(state, row_index=row_index)
         return add_claimed(state, claim, self.ids, self.values, touches)
 
 
@@ -132,7 +156,8 @@ def apply_all(
 ) -> tuple[list[AccumulatorState], jax.Array, jax.Array]:
     """Adds a gradient to each of several accumulators, or none to any: one verdict on them all.
 
-    A row's count rises by ``weight``, for which counts must be floats, or by one. Also returns how
+    With a ``weight``, for which counts must be floats, it is that multiple of the gradient, and a
+    row's count rises by it instead of by one. Counters are the caller's to move. Also returns how
     many rows each accumulator must hold for the gradient, int32 ``[len(states)]``.
     """
     grads = [_on_mesh(grad, state) for state, grad in zip(states, grads, strict=True)]
@@ -141,7 +166,11 @@ def apply_all(
     is_invalid = functools.reduce(operator.or_, (bad for _, bad in rows), jnp.bool_(False))
     is_refused = is_stale | is_invalid | is_skipped
     parts = [
-        _bid(state, jnp.where(is_refused, NOWHERE, ids), grad.values)
+        _bid(
+            state,
+            jnp.where(is_refused, NOWHERE, ids),
+            weigh(grad.values, weight, state.values.dtype),
+        )
         for (state, grad), (ids, _) in zip(pairs, rows, strict=True)
     ]
     fits = functools.reduce(operator.and_, (part.fits for part in parts), jnp.bool_(True))
@@ -151,8 +180,10 @@ def apply_all(
         jnp.int32(Verdict.ACCEPTED),
     )
     num_needed = [part.num_needed for part in parts]
+    is_accepted = verdict == Verdict.ACCEPTED
+    touches = jnp.int32(1) if weight is None else weight
     return (
-        [part.settle(verdict, jnp.int32(1) if weight is None else weight) for part in parts],
+        [part.add(is_accepted, touches) for part in parts],
         verdict,
         jnp.stack(num_needed) if parts else jnp.zeros(0, jnp.int32),
     )
@@ -187,26 +218,70 @@ def add_claimed(
     ids: jax.Array,
     values: jax.Array,
     touches: jax.Array,
+    *,
+    is_whole: bool = True,
 ) -> AccumulatorState:
-    """Adds to rows whose slots the state's index has already given in ``claim``."""
-    dropped = state.capacity + jnp.arange(ids.shape[0], dtype=jnp.int32)
-    new = jnp.where(claim.is_first & claim.fits, claim.slot, dropped)
-    # The first slice of a new row overwrites what the slot was left with, which spares zeroing the
-    # values at every take; the others add. Dropped slices cost next to nothing.
-    values = values.astype(state.values.dtype)
-    sums = state.values.at[new].set(values, mode="drop", unique_indices=True)
-    sums = sums.at[jnp.where(claim.is_first, NOWHERE, claim.slot)].add(values, mode="drop")
+    """Adds to rows whose slots the state's index has already given in ``claim``.
+
+    Of the slices of a claim some may be added, and the others later; then ``is_whole`` is false,
+    and the new rows among the first are anywhere in the free slots.
+    """
     # Repetitions all write the same count: a gradient counts once for each row it touches.
     counts = state.counts.at[claim.slot].get(mode="fill", fill_value=0)
     is_float = jnp.issubdtype(counts.dtype, jnp.floating)
-    counts = counts + touches if is_float else saturating_add(counts, touches)
+    counts = counts + touches.astype(counts.dtype) if is_float else saturating_add(counts, touches)
+    on_tpu = _add_by_block if is_whole else _add_by_row
+    indices, sums = jax.lax.platform_dependent(
+        state, claim, ids, values.astype(state.values.dtype), tpu=on_tpu, default=_add_by_row
+    )
     return dataclasses.replace(
         state,
-        indices=state.indices.at[new].set(ids, mode="drop", unique_indices=True),
+        indices=indices,
         values=sums,
         counts=state.counts.at[claim.slot].set(counts, mode="drop"),
         num_rows=state.num_rows + jnp.where(claim.fits, claim.num_new, 0),
     )
+
+
+def _add_by_row(
+    state: AccumulatorState, claim: Claim, ids: jax.Array, values: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Returns the indices and the sums with the slices added."""
+    dropped = state.capacity + jnp.arange(ids.shape[0], dtype=jnp.int32)
+    new = jnp.where(claim.is_first & claim.fits, claim.slot, dropped)
+    # The first slice of a new row overwrites what the slot was left with, which spares zeroing the
+    # values at every take; the others add. Dropped slices cost next to nothing.
+    sums = state.values.at[new].set(values, mode="drop", unique_indices=True)
+    sums = sums.at[jnp.where(claim.is_first, NOWHERE, claim.slot)].add(values, mode="drop")
+    return state.indices.at[new].set(ids, mode="drop", unique_indices=True), sums
+
+
+def _add_by_block(
+    state: AccumulatorState, claim: Claim, ids: jax.Array, values: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The same with one scatter of rows in place of two and one of numbers.
+
+    A TPU scatters row after row, dropped ones too. The slots of new rows lie side by side, so their
+    ids are sorted into a block, and their sums begin as a block of zeros.
+    """
+    num, num_rows = min(ids.shape[0], state.capacity), state.num_rows
+    new = jnp.where(claim.is_first & claim.fits, claim.slot, NOWHERE)
+    _, new_ids = jax.lax.sort((new, ids), num_keys=1)
+    # Where fewer than ``num`` slots are free, the block begins among those in use.
+    start = jnp.minimum(num_rows, state.capacity - num)
+    slot = start + jnp.arange(num, dtype=jnp.int32)
+    is_new = (slot >= num_rows) & (slot < num_rows + jnp.where(claim.fits, claim.num_new, 0))
+    shifted = jnp.concatenate([jnp.zeros(num, jnp.int32), new_ids[:num]])
+    new_ids = jax.lax.dynamic_slice_in_dim(shifted, num - (num_rows - start), num)
+    old_ids = jax.lax.dynamic_slice_in_dim(state.indices, start, num)
+    old_sums = jax.lax.dynamic_slice_in_dim(state.values, start, num)
+    # Negative zero is the neutral element, also of a lone -0.
+    zeros = -jnp.zeros_like(old_sums)
+    block = jnp.where(expand_to_rows(is_new, old_sums), zeros, old_sums)
+    sums = jax.lax.dynamic_update_slice_in_dim(state.values, block, start, 0)
+    block = jnp.where(is_new, new_ids, old_ids)
+    indices = jax.lax.dynamic_update_slice_in_dim(state.indices, block, start, 0)
+    return indices, sums.at[claim.slot].add(values, mode="drop")
 
 
 def table_rows(grad: IndexedSlices, rows: int | None) -> tuple[jax.Array, jax.Array]:
@@ -217,12 +292,6 @@ def table_rows(grad: IndexedSlices, rows: int | None) -> tuple[jax.Array, jax.Ar
     in_range = (grad.indices >= 0) & (grad.indices < limit)
     ids = jnp.where(in_range, grad.indices, NOWHERE).astype(jnp.int32)
     return ids, jnp.any(~(in_range | is_padding))
-
-
-def count_verdict(verdict_counts: jax.Array, verdict: ArrayLike) -> jax.Array:
-    """``verdict_counts`` with one more of ``verdict``."""
-    kinds = jnp.arange(len(Verdict), dtype=jnp.int32)
-    return saturating_add(verdict_counts, kinds == verdict)
 
 
 def check_matches(state: AccumulatorState, grad: IndexedSlices) -> None:

@@ -4,31 +4,35 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jaxaccum._accumulator.apply import add_rows, count_verdict
+from jaxaccum._accumulator.apply import add_rows
 from jaxaccum._accumulator.counters import saturating_add
 from jaxaccum._accumulator.row_index import NOWHERE, HashTable
+from jaxaccum._accumulator.staleness import count_verdict
 from jaxaccum._accumulator.state import AccumulatorState, Verdict, init
 
 
 def merge(state: AccumulatorState, other: AccumulatorState) -> tuple[AccumulatorState, jax.Array]:
     """Adds what ``other`` has accumulated, as if ``state`` had seen those gradients itself.
 
-    Sums, row counts, ``num_accumulated`` and verdict counts add up; the later step is kept. If the
-    rows do not fit, the verdict is OVERFLOW and nothing but its count in ``state`` changes.
+    Sums, row counts, ``num_accumulated``, verdict and staleness counts add up; the later step is
+    kept. If the rows do not fit, the verdict is OVERFLOW and nothing but its count in ``state``
+    changes.
 
     Args:
       state: the accumulator to add to.
-      other: of the same shape, dtypes and reduction; its capacity may differ.
+      other: of the same shape, dtypes, reduction and ``max_staleness``, weighted or not as
+        ``state``; its capacity may differ.
 
     Returns:
       The new state, and ACCEPTED or OVERFLOW as an int32 scalar.
 
     Raises:
-      ValueError: ``other`` is of another shape, dtype or reduction.
+      ValueError: ``other`` is of another shape, dtype or reduction, or counts otherwise.
 
     Example:
       >>> import jax.numpy as jnp, jaxaccum
@@ -67,6 +71,7 @@ def grow(state: AccumulatorState, capacity: int) -> AccumulatorState:
         capacity=capacity,
         reduction=state.reduction,
         accumulator_dtype=state.values.dtype,
+        weighted=state.is_weighted,
     )
     return _grow(state, empty)
 
@@ -77,24 +82,30 @@ def _merge(state: AccumulatorState, other: AccumulatorState) -> tuple[Accumulato
     ids = jnp.where(slot < other.num_rows, other.indices, NOWHERE)
     merged, fits = add_rows(state, ids, other.values, other.counts)
     verdict = jnp.where(fits, jnp.int32(Verdict.ACCEPTED), jnp.int32(Verdict.OVERFLOW))
-    return dataclasses.replace(
-        merged,
-        num_accumulated=saturating_add(
-            state.num_accumulated, jnp.where(fits, other.num_accumulated, 0)
-        ),
-        global_step=jnp.where(
-            fits, jnp.maximum(state.global_step, other.global_step), state.global_step
-        ),
-        verdict_counts=jnp.where(
-            fits,
-            saturating_add(state.verdict_counts, other.verdict_counts),
-            count_verdict(state.verdict_counts, verdict),
-        ),
-        num_shared=saturating_add(state.num_shared, jnp.where(fits, other.num_shared, 0)),
-        shared_verdicts=saturating_add(
-            state.shared_verdicts, jnp.where(fits, other.shared_verdicts, 0)
-        ),
-    ), verdict
+    refused = _counts(state) | {"verdict_counts": count_verdict(state.verdict_counts, verdict)}
+    accepted = jax.tree.map(_add, _counts(state), _counts(other))
+    accepted["global_step"] = jnp.maximum(state.global_step, other.global_step)
+    chosen = jax.tree.map(lambda yes, no: jnp.where(fits, yes, no), accepted, refused)
+    return dataclasses.replace(merged, **chosen), verdict
+
+
+def _counts(state: AccumulatorState) -> dict[str, Any]:
+    """What is counted, by name; ``None`` what is not."""
+    return {
+        "num_accumulated": state.num_accumulated,
+        "total_weight": state.total_weight,
+        "global_step": state.global_step,
+        "verdict_counts": state.verdict_counts,
+        "shared_verdicts": state.shared_verdicts,
+        "num_shared": state.num_shared,
+        "staleness_counts": state.staleness_counts,
+        "shared_staleness": state.shared_staleness,
+    }
+
+
+def _add(count: jax.Array, more: jax.Array) -> jax.Array:
+    is_weight = jnp.issubdtype(count.dtype, jnp.floating)
+    return count + more if is_weight else saturating_add(count, more)
 
 
 @jax.jit
@@ -118,7 +129,7 @@ def _grow(state: AccumulatorState, empty: AccumulatorState) -> AccumulatorState:
 
 
 def _check_mergeable(state: AccumulatorState, other: AccumulatorState) -> None:
-    for name in ("dense_shape", "dtype", "reduction"):
+    for name in ("dense_shape", "dtype", "reduction", "max_staleness", "is_weighted"):
         ours, theirs = getattr(state, name), getattr(other, name)
         if ours != theirs:
             raise ValueError(f"other must have {name} {ours}, got {theirs}")

@@ -10,16 +10,19 @@ from jaxaccum._rows.quotient import quotient
 
 
 def reduce_sums(
-    sums: jax.Array, counts: jax.Array, num_accumulated: jax.Array, reduction: Reduction
+    sums: jax.Array, counts: jax.Array, total: jax.Array, reduction: Reduction
 ) -> jax.Array:
-    """Divides ``sums`` of rows touched ``counts >= 1`` times as the reduction says.
+    """Divides ``sums`` of rows as the reduction says.
 
-    Both counts may be sums of positive weights instead, floats.
+    ``counts`` is how many gradients touched each row, ``total`` how many there were; or what they
+    weighed, as floats. Where that is nothing, sums are zero and stay so.
     """
-    if reduction == "mean_per_gradient":
-        counts = jnp.broadcast_to(jnp.where(num_accumulated > 0, num_accumulated, 1), counts.shape)
-    elif reduction == "sum":
+    if reduction == "sum":
         return sums
+    if reduction == "mean_per_gradient":
+        counts = jnp.broadcast_to(jnp.where(total > 0, total, jnp.ones_like(total)), counts.shape)
+    elif jnp.issubdtype(counts.dtype, jnp.floating):  # a weight may be 0, a number of gradients not
+        counts = jnp.where(counts > 0, counts, jnp.ones_like(counts))
     counts = jnp.broadcast_to(counts.reshape(-1, *[1] * (sums.ndim - 1)), sums.shape)
     if jnp.issubdtype(sums.dtype, jnp.integer):
         # In 32 bits at least, for a count need not fit a short integer; div truncates toward zero.

@@ -51,6 +51,9 @@ class Verdict(enum.IntEnum):
         "num_shared",
         "shared_verdicts",
         "row_index",
+        "total_weight",
+        "staleness_counts",
+        "shared_staleness",
     ],
     meta_fields=["dense_shape", "dtype", "reduction"],
 )
@@ -58,8 +61,9 @@ class Verdict(enum.IntEnum):
 class AccumulatorState:
     """Rows gathered so far. Made by `init`, never changed: functions return a new one.
 
-    Slots fill in order of first touch. Slots from ``num_rows`` on are free; their values are
-    whatever they were left with, and nothing reads them.
+    Slots fill from the first on, those of the new rows of one gradient in an order that depends on
+    the platform. Slots from ``num_rows`` on are free; their values are whatever they were left
+    with, and nothing reads them.
 
     Counters stay at ``2**31 - 1`` once they are there. ``"mean_per_row"`` and
     ``"mean_per_gradient"`` then divide by that, and ``global_step`` rises no further.
@@ -67,7 +71,8 @@ class AccumulatorState:
     Attributes:
       indices: int32 ``[capacity]``, the row each slot holds; padding in free slots.
       values: ``[capacity, *row]`` in the accumulator dtype, the sums.
-      counts: int32 ``[capacity]``, how many gradients touched each row.
+      counts: int32 ``[capacity]``, how many gradients touched each row; where gradients are
+        weighted, floats, the sum of their weights.
       num_rows: int32 ``[]``, slots in use.
       num_accumulated: int32 ``[]``, gradients accepted since the last `take`.
       global_step: int32 ``[]``; gradients computed at an earlier step are stale.
@@ -76,6 +81,11 @@ class AccumulatorState:
       shared_verdicts: int32 ``[5]``, the part of ``verdict_counts`` that every device has in common
         since an `all_merge`; the next one counts it once.
       row_index: where each row lives.
+      total_weight: ``[]`` in the dtype of ``counts``, what the gradients weigh that were accepted
+        since the last `take`; ``None`` unless they are weighted.
+      staleness_counts: int32 ``[max_staleness + 2]``, gradients accepted since `init` by how many
+        steps old they were, and last those refused as stale; ``None`` without ``max_staleness``.
+      shared_staleness: the part of it that every device has in common, as ``shared_verdicts``.
       dense_shape: shape of the whole gradient, ``(rows or None, *row)``. Static.
       dtype: of the gradients that come in and go out. Static.
       reduction: ``"mean_per_row"``, ``"mean_per_gradient"`` or ``"sum"``. Static.
@@ -91,14 +101,27 @@ class AccumulatorState:
     num_shared: jax.Array
     shared_verdicts: jax.Array
     row_index: DirectMap | HashTable
+    total_weight: jax.Array | None
+    staleness_counts: jax.Array | None
+    shared_staleness: jax.Array | None
     dense_shape: tuple[int | None, ...]
     dtype: np.dtype
     reduction: Reduction
 
     @property
     def capacity(self) -> int:
-        """How many distinct rows there is room for."""
+        """How many distinct rows it can hold."""
         return self.indices.shape[0]
+
+    @property
+    def max_staleness(self) -> int:
+        """How many steps old a gradient may be."""
+        return 0 if self.staleness_counts is None else self.staleness_counts.shape[0] - 2
+
+    @property
+    def is_weighted(self) -> bool:
+        """Whether gradients may weigh less, or more, than one."""
+        return self.total_weight is not None
 
 
 def init(
@@ -109,6 +132,8 @@ def init(
     reduction: Reduction = "mean_per_row",
     accumulator_dtype: DTypeLike | None = None,
     global_step: int = 0,
+    max_staleness: int = 0,
+    weighted: bool = False,
 ) -> AccumulatorState:
     """Makes an empty accumulator.
 
@@ -125,13 +150,17 @@ def init(
         number of all gradients accumulated (the mean of data-parallel training), ``"sum"`` by none.
       accumulator_dtype: of the sums; by default ``dtype``, but float32 for 16-bit floats.
       global_step: the step gradients must be computed at, or later, to be accepted.
+      max_staleness: how many steps earlier than that they may be computed all the same. If it is
+        not 0, ``staleness_counts`` of the state is a histogram.
+      weighted: whether `apply` may be given a ``staleness_weight``. Sums are then weighted sums,
+        which means divide by sums of weights.
 
     Returns:
       An `AccumulatorState`.
 
     Raises:
-      ValueError: a bad shape, capacity, reduction or step.
-      TypeError: ``dtype`` is bool, quantized or no number.
+      ValueError: a bad shape, capacity, reduction, step or staleness.
+      TypeError: ``dtype`` is bool, quantized or no number, or an integer and ``weighted``.
 
     Example:
       >>> import jax.numpy as jnp, jaxaccum
@@ -151,11 +180,17 @@ def init(
     capacity = as_capacity(capacity)
     if reduction not in get_args(Reduction):
         raise ValueError(f"reduction must be one of {get_args(Reduction)}, got {reduction!r}")
+    max_staleness = as_max_staleness(max_staleness)
+    counts_dtype = np.dtype(np.int32)
+    if weighted:
+        if not jnp.issubdtype(held_dtype, jnp.inexact):
+            raise TypeError(f"weighted must be False for integers, got dtype {held_dtype}")
+        counts_dtype = weight_dtype()
     rows, *row = shape
     return AccumulatorState(
         indices=jnp.full(capacity, padding_index(shape), jnp.int32),
         values=jnp.zeros((capacity, *row), held_dtype),
-        counts=jnp.zeros(capacity, jnp.int32),
+        counts=jnp.zeros(capacity, counts_dtype),
         num_rows=jnp.int32(0),
         num_accumulated=jnp.int32(0),
         global_step=jnp.asarray(as_int32(global_step, "global_step")),
@@ -163,6 +198,9 @@ def init(
         num_shared=jnp.int32(0),
         shared_verdicts=jnp.zeros(len(Verdict), jnp.int32),
         row_index=HashTable.empty(capacity) if rows is None else DirectMap.empty(rows),
+        total_weight=jnp.zeros((), counts_dtype) if weighted else None,
+        staleness_counts=new_histogram(max_staleness),
+        shared_staleness=new_histogram(max_staleness),
         dense_shape=shape,
         dtype=dtype,
         reduction=reduction,
@@ -201,11 +239,24 @@ def _set_step(state: AccumulatorState, new_step: jax.Array) -> AccumulatorState:
 
 
 def as_capacity(capacity: int) -> int:
-    """Returns a number of rows to have room for, or raises ``ValueError``."""
+    """Returns how many rows are to be held at most, or raises ``ValueError``."""
     capacity = operator.index(capacity)
     if not 1 <= capacity <= 2**30:
         raise ValueError(f"capacity must be from 1 to 2**30, got {capacity}")
     return capacity
+
+
+def as_max_staleness(max_staleness: int) -> int:
+    """Returns how many steps old gradients may be, or raises ``ValueError``."""
+    max_staleness = operator.index(max_staleness)
+    if max_staleness < 0:
+        raise ValueError(f"max_staleness must not be negative, got {max_staleness}")
+    return max_staleness
+
+
+def new_histogram(max_staleness: int) -> jax.Array | None:
+    """Returns zero gradients of each age, and zero that were older; ``None`` where none may be."""
+    return jnp.zeros(max_staleness + 2, jnp.int32) if max_staleness else None
 
 
 def as_int32(value: ArrayLike, name: str) -> jax.Array | np.int32:
@@ -228,6 +279,11 @@ def as_int32(value: ArrayLike, name: str) -> jax.Array | np.int32:
         if jnp.issubdtype(value.dtype, jnp.signedinteger):
             value = jnp.maximum(value, -(2**31))
     return value.astype(jnp.int32)
+
+
+def weight_dtype() -> np.dtype:
+    """What weights are summed in: the widest float there is."""
+    return jax.dtypes.canonicalize_dtype(np.float64)
 
 
 def _numeric_dtype(dtype: DTypeLike, name: str) -> np.dtype:

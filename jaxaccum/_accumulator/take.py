@@ -96,6 +96,10 @@ def take_if(state: AccumulatorState, ready: jax.Array) -> tuple[AccumulatorState
         num_shared=jnp.where(ready, 0, state.num_shared),
         row_index=row_index,
     )
+    if state.total_weight is not None:
+        nothing = jnp.zeros_like(state.total_weight)
+        weight = jnp.where(ready, nothing, state.total_weight)
+        taken = dataclasses.replace(taken, total_weight=weight)
     return taken, IndexedSlices(indices, values, state.dense_shape)
 
 
@@ -103,4 +107,5 @@ def _reduce(state: AccumulatorState, order: jax.Array) -> jax.Array:
     """The sums of slots ``order``, divided as the reduction says; zero for NOWHERE."""
     sums = state.values.at[order].get(mode="fill", fill_value=0)
     counts = state.counts.at[order].get(mode="fill", fill_value=1)
-    return reduce_sums(sums, counts, state.num_accumulated, state.reduction)
+    total = state.num_accumulated if state.total_weight is None else state.total_weight
+    return reduce_sums(sums, counts, total, state.reduction)

@@ -8,13 +8,20 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxaccum._accumulator.apply import count_verdict
 from jaxaccum._accumulator.counters import saturating_add
 from jaxaccum._accumulator.reduction import reduce_sums
 from jaxaccum._accumulator.row_index import NOWHERE
+from jaxaccum._accumulator.staleness import count_verdict
 from jaxaccum._accumulator.state import AccumulatorState, Verdict
 from jaxaccum._accumulator.take import as_required, is_enough, take_if
-from jaxaccum._distributed.exchange import AxisName, Exchange, Union, exchange_union
+from jaxaccum._distributed.exchange import (
+    AxisName,
+    Exchange,
+    Union,
+    exchange_union,
+    pack_tallies,
+    unpack_tallies,
+)
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.shapes import padding_index
 
@@ -28,10 +35,10 @@ def all_merge(
 ) -> tuple[AccumulatorState, jax.Array]:
     """Makes every device's accumulator the one a single device would have, seeing all gradients.
 
-    Sums, row counts, ``num_accumulated`` and verdict counts add up over the devices, the latest
-    step is kept. All devices come to the same content, bit for bit, their rows in ascending slots.
-    The verdict is alike on every device; unless it is ACCEPTED, each keeps its own state but for
-    the count of the verdict:
+    Sums, row counts, ``num_accumulated``, verdict and staleness counts add up over the devices, the
+    latest step is kept. All devices come to the same content, bit for bit, their rows in ascending
+    slots. The verdict is alike on every device; unless it is ACCEPTED, each keeps its own state but
+    for the count of the verdict:
 
     * OVERFLOW: the distinct rows of all devices exceed the capacity, or one device holds more than
       ``max_rows``. Nothing is lost; `grow` and merge again.
@@ -78,20 +85,24 @@ def all_merge(
     ids = jnp.where(merged, union.rows.ids, NOWHERE)
     rows = union.rows._replace(slot=jnp.where(merged, union.rows.slot, NOWHERE))
     row_index, _ = state.row_index.drain(state.indices, jnp.where(merged, state.num_rows, 0))
-    # Slots are given in order of position: each row gets the slot it stands at.
-    row_index, claim = row_index.claim(ids, jnp.int32(0), state.capacity)
+    slot = jnp.where(ids == NOWHERE, NOWHERE, jnp.arange(ids.shape[0], dtype=jnp.int32))
     padding = padding_index(state.dense_shape)
     indices = jnp.where(merged, padding, state.indices)
     return dataclasses.replace(
         _count_all(state, union),
-        indices=indices.at[claim.slot].set(ids, mode="drop"),
+        indices=indices.at[slot].set(ids, mode="drop"),
         values=rows.write_sums(state.values, rows.values),
         counts=rows.write_sums(jnp.where(merged, 0, state.counts), rows.counts),
         num_rows=jnp.where(merged, rows.num_rows, state.num_rows),
         num_accumulated=jnp.where(merged, union.num_accumulated, state.num_accumulated),
+        total_weight=jax.tree.map(
+            lambda all_of_it, own: jnp.where(merged, all_of_it, own),
+            union.total_weight,
+            state.total_weight,
+        ),
         num_shared=jnp.where(merged, union.num_accumulated, state.num_shared),
         global_step=jnp.where(merged, union.global_step, state.global_step),
-        row_index=row_index,
+        row_index=row_index.enter(ids),
     ), union.verdict
 
 
@@ -144,22 +155,14 @@ def all_take(
     merged = union.verdict == Verdict.ACCEPTED
     ready = merged & is_enough(union.num_accumulated, required)
     grad = union_gradient(state, union, ready)
-    counted = _count_all(state, union)
     emptied, _ = take_if(state, ready)
-    return (
-        dataclasses.replace(
-            emptied,
-            num_accumulated=jnp.where(ready, 0, state.num_accumulated),
-            global_step=jnp.where(ready, saturating_add(union.global_step, 1), state.global_step),
-            verdict_counts=jnp.where(ready | ~merged, counted.verdict_counts, state.verdict_counts),
-            shared_verdicts=jnp.where(
-                ready | ~merged, counted.shared_verdicts, state.shared_verdicts
-            ),
-        ),
-        grad,
-        ready,
-        union.verdict,
+    emptied = dataclasses.replace(
+        emptied,
+        num_accumulated=jnp.where(ready, 0, state.num_accumulated),
+        global_step=jnp.where(ready, saturating_add(union.global_step, 1), state.global_step),
     )
+    # A merge that is not taken has not been.
+    return _count_all(emptied, union, ready | ~merged), grad, ready, union.verdict
 
 
 def union_gradient(state: AccumulatorState, union: Union, ready: jax.Array) -> IndexedSlices:
@@ -167,8 +170,9 @@ def union_gradient(state: AccumulatorState, union: Union, ready: jax.Array) -> I
     rows = union.rows
     empty = jnp.zeros((rows.ids.shape[0], *state.values.shape[1:]), state.values.dtype)
     sums = rows.write_sums(empty, rows.values)
-    counts = rows.write_sums(jnp.ones_like(rows.ids), rows.counts)
-    means = reduce_sums(sums, counts, union.num_accumulated, state.reduction)
+    counts = rows.write_sums(jnp.ones_like(rows.ids, rows.counts.dtype), rows.counts)
+    total = union.num_accumulated if union.total_weight is None else union.total_weight
+    means = reduce_sums(sums, counts, total, state.reduction)
     is_row = ready & (rows.ids != NOWHERE)
     return IndexedSlices(
         jnp.where(is_row, rows.ids, padding_index(state.dense_shape)),
@@ -177,13 +181,19 @@ def union_gradient(state: AccumulatorState, union: Union, ready: jax.Array) -> I
     )
 
 
-def _count_all(state: AccumulatorState, union: Union) -> AccumulatorState:
-    """Takes over the counts of all; or counts the verdict, which all devices have in common."""
+def _count_all(
+    state: AccumulatorState, union: Union, is_over: jax.Array | bool = True
+) -> AccumulatorState:
+    """Takes over the counts of all; or counts the verdict, which all devices have in common.
+
+    Neither where it is not ``is_over``.
+    """
+    own, shared = pack_tallies(state)
     merged = union.verdict == Verdict.ACCEPTED
-    ours = count_verdict(state.verdict_counts, union.verdict)
-    shared = count_verdict(state.shared_verdicts, union.verdict)
-    return dataclasses.replace(
-        state,
-        verdict_counts=jnp.where(merged, union.verdict_counts, ours),
-        shared_verdicts=jnp.where(merged, union.verdict_counts, shared),
+    new_own, new_shared = (
+        jnp.where(merged, union.tallies, count_verdict(counts, union.verdict))
+        for counts in (own, shared)
+    )
+    return unpack_tallies(
+        state, jnp.where(is_over, new_own, own), jnp.where(is_over, new_shared, shared)
     )

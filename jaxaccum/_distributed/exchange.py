@@ -7,10 +7,11 @@ the union at most.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import operator
 from collections.abc import Hashable
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,7 @@ class UnionRows(NamedTuple):
       slot: int32 ``[n, k]``, which of the distinct rows each slice belongs to, or NOWHERE; distinct
         for each device.
       values: ``[n, k, *row]``, the sums of each device.
-      counts: int32 ``[n, k]``, how many of its gradients touched the row.
+      counts: ``[n, k]``, how many of its gradients touched the row, or what these weigh.
     """
 
     ids: jax.Array
@@ -66,39 +67,84 @@ class Union(NamedTuple):
     Attributes:
       rows: their rows, to be used where the verdict is ACCEPTED.
       num_accumulated: int32 ``[]``, gradients accepted by all.
+      total_weight: ``[]``, what these weigh; ``None`` unless they are weighted.
       global_step: int32 ``[]``, the latest.
-      verdict_counts: int32 ``[5]``, of all.
+      tallies: int32 ``[t]``, of all, as `pack_tallies` packs them.
       verdict: int32 ``[]``, ACCEPTED, OVERFLOW or INVALID.
     """
 
     rows: UnionRows
     num_accumulated: jax.Array
+    total_weight: jax.Array | None
     global_step: jax.Array
-    verdict_counts: jax.Array
+    tallies: jax.Array
     verdict: jax.Array
 
 
+def pack_tallies(state: AccumulatorState) -> tuple[jax.Array, jax.Array]:
+    """Gradients since `init` by verdict, then by age if ages are counted: int32 ``[t]``.
+
+    Those of this device, and the part of them that all devices have in common.
+    """
+    own = (state.verdict_counts, state.staleness_counts)
+    shared = (state.shared_verdicts, state.shared_staleness)
+    packed = (jnp.concatenate([x for x in counts if x is not None]) for counts in (own, shared))
+    return next(packed), next(packed)
+
+
+def unpack_tallies(state: AccumulatorState, own: jax.Array, shared: jax.Array) -> AccumulatorState:
+    """Returns ``state`` with these tallies."""
+    (verdicts, ages), (shared_verdicts, shared_ages) = (
+        jnp.split(packed, [len(Verdict)]) for packed in (own, shared)
+    )
+    state = dataclasses.replace(state, verdict_counts=verdicts, shared_verdicts=shared_verdicts)
+    if state.staleness_counts is None:
+        return state
+    return dataclasses.replace(state, staleness_counts=ages, shared_staleness=shared_ages)
+
+
 class _Tally(NamedTuple):
-    """The scalars of every device, int32 ``[n]`` and ``[n, 5]``."""
+    """What every device has counted: int32 ``[n]``, and ``[n, t]`` as `pack_tallies` packs them."""
 
     num_rows: jax.Array
     num_accumulated: jax.Array
     num_shared: jax.Array
     global_step: jax.Array
-    verdict_counts: jax.Array
-    shared_verdicts: jax.Array
+    own: jax.Array
+    shared: jax.Array
+    weight: jax.Array  # [n], or [n, 0] unless gradients are weighted
 
     @classmethod
     def pack(cls, state: AccumulatorState) -> jax.Array:
+        """One device's, as int32 that can be sent with its indices."""
         scalars = jnp.stack([getattr(state, name) for name in cls._fields[:4]])
-        return jnp.concatenate([scalars, state.verdict_counts, state.shared_verdicts])
+        weight = state.total_weight
+        words = [] if weight is None else [_as_words(weight[None])]
+        return jnp.concatenate([scalars, *pack_tallies(state), *words])
 
     @classmethod
-    def unpack(cls, packed: jax.Array) -> _Tally:
-        num_rows, accumulated, shared, step, *verdicts = jnp.split(
-            packed, [1, 2, 3, 4, 4 + len(Verdict)], axis=1
+    def unpack(cls, packed: jax.Array, state: AccumulatorState) -> _Tally:
+        """All devices', ``[n, ...]``."""
+        size = pack_tallies(state)[0].shape[0]
+        *scalars, own, shared, weight = jnp.split(
+            packed, [1, 2, 3, 4, 4 + size, 4 + 2 * size], axis=1
         )
-        return cls(num_rows[:, 0], accumulated[:, 0], shared[:, 0], step[:, 0], *verdicts)
+        if state.total_weight is not None:
+            weight = _from_words(weight, state.total_weight.dtype)[:, 0]
+        rows, accumulated, num_shared, step = (x[:, 0] for x in scalars)
+        return cls(rows, accumulated, num_shared, step, own, shared, weight)
+
+
+def _as_words(numbers: jax.Array) -> jax.Array:
+    """The bits of ``[k]`` numbers as int32 ``[k]``, or ``[2 * k]`` where they take 64."""
+    return jax.lax.bitcast_convert_type(numbers, jnp.int32).reshape(-1)
+
+
+def _from_words(words: jax.Array, dtype: Any) -> jax.Array:
+    """The numbers ``[n, k]`` that `_as_words` has made ``n`` rows of."""
+    if dtype.itemsize > words.dtype.itemsize:
+        words = words.reshape(words.shape[0], -1, 2)
+    return jax.lax.bitcast_convert_type(words, dtype)
 
 
 def exchange_union(
@@ -129,12 +175,13 @@ def exchange_union(
         [jnp.int32(Verdict.INVALID), jnp.int32(Verdict.OVERFLOW)],
         jnp.int32(Verdict.ACCEPTED),
     )
-    news = tally.verdict_counts - tally.shared_verdicts
+    news = saturating_sum(tally.own - tally.shared)
     return Union(
         rows=rows,
         num_accumulated=saturating_sum(tally.num_accumulated),
+        total_weight=None if state.total_weight is None else jnp.sum(tally.weight),
         global_step=jnp.max(tally.global_step),
-        verdict_counts=saturating_add(jnp.max(tally.shared_verdicts, axis=0), saturating_sum(news)),
+        tallies=saturating_add(jnp.max(tally.shared, axis=0), news),
         verdict=verdict,
     )
 
@@ -143,12 +190,14 @@ def _exchange_rows(
     state: AccumulatorState, axis_name: AxisName, max_rows: int, capacity: int
 ) -> tuple[_Tally, UnionRows]:
     """Every device gets the first ``max_rows`` rows of all devices and sums them."""
-    held = [state.indices[:max_rows], state.counts[:max_rows], _Tally.pack(state)]
-    indices, counts, packed = jnp.split(
-        all_gather(jnp.concatenate(held), axis_name), [max_rows, 2 * max_rows], axis=1
+    words = _as_words(state.counts[:max_rows])
+    held = [state.indices[:max_rows], words, _Tally.pack(state)]
+    indices, words, packed = jnp.split(
+        all_gather(jnp.concatenate(held), axis_name), [max_rows, max_rows + words.size], axis=1
     )
+    counts = _from_words(words, state.counts.dtype)
     values = all_gather(state.values[:max_rows], axis_name)
-    tally = _Tally.unpack(packed)
+    tally = _Tally.unpack(packed, state)
     is_held = jnp.arange(max_rows, dtype=jnp.int32)[None, :] < tally.num_rows[:, None]
     ids = jnp.where(is_held, indices, NOWHERE)
     size, length = min(capacity, ids.size), state.dense_shape[0]
@@ -192,7 +241,7 @@ def _exchange_dense(
     state: AccumulatorState, axis_name: AxisName, num_devices: int, capacity: int
 ) -> tuple[_Tally, UnionRows]:
     """Every device sums its share of the table over all devices, and gathers all shares."""
-    tally = _Tally.unpack(all_gather(_Tally.pack(state), axis_name))
+    tally = _Tally.unpack(all_gather(_Tally.pack(state), axis_name), state)
     slot = jnp.arange(state.capacity, dtype=jnp.int32)
     ids = jnp.where(slot < state.num_rows, state.indices, NOWHERE)
     length = state.dense_shape[0] or 0  # of the table

@@ -53,7 +53,8 @@ def replicate(state: AccumulatorState, mesh: Mesh, axis_name: AxisName) -> Accum
     num_devices = _count_devices(mesh, axis_name)
     _check_alike(
         f"state of capacity {state.capacity}, dense_shape {state.dense_shape}, dtype "
-        f"{state.dtype}, accumulator_dtype {state.values.dtype}, reduction {state.reduction}"
+        f"{state.dtype}, accumulator_dtype {state.values.dtype}, reduction {state.reduction}, "
+        f"max_staleness {state.max_staleness}, weighted {state.is_weighted}"
     )
     if state.num_accumulated != 0:
         raise ValueError(
@@ -61,7 +62,9 @@ def replicate(state: AccumulatorState, mesh: Mesh, axis_name: AxisName) -> Accum
             f"{state.num_accumulated}"
         )
     sharding = NamedSharding(mesh, _make_spec(axis_name))
-    state = dataclasses.replace(state, shared_verdicts=state.verdict_counts)
+    state = dataclasses.replace(
+        state, shared_verdicts=state.verdict_counts, shared_staleness=state.staleness_counts
+    )
 
     def copy(leaf: jax.Array) -> jax.Array:
         host = np.asarray(leaf)[None]

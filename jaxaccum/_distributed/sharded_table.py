@@ -264,7 +264,7 @@ def _add_parts(
         slot, is_first, ids, values = part
         num_new = jnp.sum(is_first, dtype=jnp.int32)
         part_claim = Claim(slot, is_first, num_new, all_fit)
-        return add_claimed(state, part_claim, ids, values, jnp.int32(1)), None
+        return add_claimed(state, part_claim, ids, values, jnp.int32(1), is_whole=False), None
 
     parts = (slot, is_first, ids, values)
     state, _ = add(state, jax.tree.map(lambda x: x[0], parts))
@@ -276,5 +276,10 @@ def _get_length(state: AccumulatorState) -> int:
     if rows is None:
         raise ValueError(
             f"state must have a known row count to be sharded, got dense_shape {state.dense_shape}"
+        )
+    if state.is_weighted or state.max_staleness:
+        raise ValueError(
+            "state must be made without max_staleness and weighted, which all_apply knows nothing "
+            f"of, got {state.max_staleness} and {state.is_weighted}"
         )
     return rows

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from jaxaccum._accumulator.counters import saturating_add
+from jaxaccum._accumulator.staleness import StalenessWeight
 from jaxaccum._accumulator.state import Reduction
 from jaxaccum._accumulator.take import is_enough
 from jaxaccum._distributed.exchange import AxisName
@@ -27,8 +28,8 @@ from jaxaccum._optimizers.micro_batch_state import (
 from jaxaccum._optimizers.optax_import import import_optax
 from jaxaccum._optimizers.take_step import no_updates, over_devices, take_step
 from jaxaccum._optimizers.unique_leaf import fit_updates
-from jaxaccum._optimizers.varying import vary_like
 from jaxaccum._rows.tree import PyTree
+from jaxaccum._rows.varying import vary_like
 
 if TYPE_CHECKING:
     import optax  # type: ignore[import-untyped]
@@ -44,7 +45,7 @@ def accumulate(
     on_overflow: OnOverflow = "step",
     skip: Callable[[PyTree, jax.Array, PyTree | None], Any] | None = None,
     max_staleness: int = 0,
-    staleness_weight: Callable[[jax.Array], ArrayLike] | None = None,
+    staleness_weight: StalenessWeight | None = None,
     axis_name: AxisName | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Accumulates gradients, and runs ``tx`` once ``num_required`` of them have come.
@@ -93,8 +94,7 @@ def accumulate(
         device accumulates micro-batches of its own. ``num_required`` then counts the gradients of
         all devices, ``capacity`` the rows of one; rows are exchanged when a step is taken, by all
         devices at once, also when it is early on one of them. All get the same updates. See
-        `MicroBatchState.map_own` for how the state goes into and out of `jax.shard_map`. Not with
-        ``staleness_weight``.
+        `MicroBatchState.map_own` for how the state goes into and out of `jax.shard_map`.
 
     Returns:
       A transform whose state is a `MicroBatchState`. Its ``update`` takes ``local_step``, the step

@@ -9,15 +9,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxaccum._accumulator.apply import apply_all, count_verdict
-from jaxaccum._accumulator.counters import saturating_add
+from jaxaccum._accumulator.apply import apply_all
+from jaxaccum._accumulator.staleness import count_gradient, find_staleness, find_weight, weigh
 from jaxaccum._accumulator.state import Verdict, as_int32
 from jaxaccum._optimizers.micro_batch_state import (
     MicroBatchState,
     Options,
     is_accumulator,
-    with_counters,
-    without_counters,
 )
 from jaxaccum._rows.indexed_slices import as_slices, check_indices
 from jaxaccum._rows.row_arithmetic import promote_dtypes
@@ -44,7 +42,7 @@ class Admission(NamedTuple):
       is_stale: bool ``[]``.
       is_skipped: bool ``[]``.
       staleness: int32 ``[]``, how many steps ago it was computed, one more than the bound if stale.
-      weight: float32 ``[]``, or ``None`` where gradients count in full.
+      weight: float ``[]``, or ``None`` where gradients count in full.
     """
 
     is_stale: jax.Array
@@ -61,13 +59,12 @@ def admission(
     local_step: ArrayLike | None,
 ) -> Admission:
     """Finds out how old a gradient is, what it weighs, and whether its values are wanted."""
-    step, most = state.global_step, options.max_staleness
-    made = step if local_step is None else jnp.asarray(as_int32(local_step, "local_step"))
-    # Clipped first: the difference of two steps may exceed int32, and is not wanted beyond these.
-    staleness = step - jnp.clip(made, step - most - 1, step)
+    most = options.max_staleness
+    made = None if local_step is None else as_int32(local_step, "local_step")
+    staleness = find_staleness(state.global_step, made, most)
     weight = None
-    if options.staleness_weight is not None:
-        weight = jnp.asarray(options.staleness_weight(staleness), jnp.float32)
+    if state.total_weight is not None:
+        weight = find_weight(options.staleness_weight, staleness, state.total_weight.dtype)
     is_skipped = _is_skipped(options, state, grad, params)
     return Admission(staleness > most, is_skipped, staleness, weight)
 
@@ -108,29 +105,15 @@ def add_gradient(
     sums, verdict, num_needed = _add_to_sums(state, grad.leaves, admitted)
     is_early = (verdict == Verdict.OVERFLOW) & (options.on_overflow == "step")
     _raise_if_refused(verdict, state, grad.leaves, options)
-    is_accepted = verdict == Verdict.ACCEPTED
-    is_over, is_stale = ~is_early, verdict == Verdict.STALE
+    # What is still to come, or has come before, counts as nothing.
+    counted = jnp.where(is_early, -1, verdict)
     if is_open is not None:
-        is_over, is_stale = is_over & is_open, is_stale & is_open
+        counted = jnp.where(is_open, counted, -1)
         verdict = jnp.where(is_open, verdict, state.verdict)
-    counted = count_verdict(state.verdict_counts, verdict)
     state = dataclasses.replace(
-        state,
-        sums=sums,
-        num_accumulated=saturating_add(state.num_accumulated, is_accepted),
-        peak_rows=jnp.maximum(state.peak_rows, num_needed),
-        verdict=verdict,
-        verdict_counts=jnp.where(is_over, counted, state.verdict_counts),
+        state, sums=sums, peak_rows=jnp.maximum(state.peak_rows, num_needed), verdict=verdict
     )
-    if state.total_weight is not None and admitted.weight is not None:
-        more = jnp.where(is_accepted, admitted.weight, 0)
-        state = dataclasses.replace(state, total_weight=state.total_weight + more)
-    if state.staleness_counts is not None:
-        kinds = jnp.arange(state.staleness_counts.shape[0], dtype=jnp.int32)
-        is_counted = (is_accepted | is_stale) & (kinds == admitted.staleness)
-        counts = saturating_add(state.staleness_counts, is_counted)
-        state = dataclasses.replace(state, staleness_counts=counts)
-    return state, is_early
+    return count_gradient(state, counted, admitted.staleness, admitted.weight), is_early
 
 
 def _is_skipped(
@@ -192,29 +175,23 @@ def _add_to_sums(
     """Adds one gradient to all sums or to none; tells how many rows each table needs for it."""
     sums, treedef = jax.tree.flatten(state.sums, is_leaf=is_accumulator)
     tables = [i for i, total in enumerate(sums) if is_accumulator(total)]
-    if admitted.weight is not None:
-        grads = [_weighted(grad, admitted.weight) for grad in grads]
     added, verdict, num_needed = apply_all(
-        [with_counters(sums[i], state) for i in tables],
+        [sums[i] for i in tables],
         [grads[i] for i in tables],
         admitted.is_stale,
         admitted.is_skipped,
         admitted.weight,
     )
+    is_accepted = verdict == Verdict.ACCEPTED
     results = [
-        total if i in tables else total + jnp.where(verdict == Verdict.ACCEPTED, grad, 0)
+        total
+        if i in tables
+        else total + jnp.where(is_accepted, weigh(grad, admitted.weight, grad.dtype), 0)
         for i, (total, grad) in enumerate(zip(sums, grads, strict=True))
     ]
     for i, total in zip(tables, added, strict=True):
-        results[i] = without_counters(total)
+        results[i] = total
     return jax.tree.unflatten(treedef, results), verdict, num_needed
-
-
-def _weighted(grad: Any, weight: jax.Array) -> Any:
-    if is_slices(grad):
-        values = grad.values * weight.astype(grad.values.dtype)
-        return dataclasses.replace(grad, values=values)
-    return grad * weight.astype(grad.dtype)
 
 
 def _raise_if_refused(

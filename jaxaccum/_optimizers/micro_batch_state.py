@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import operator
 from collections.abc import Callable
 from typing import Any, Literal, get_args
 
@@ -13,16 +12,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxaccum._accumulator.state import AccumulatorState, Reduction, Verdict, as_int32
+from jaxaccum._accumulator.staleness import StalenessWeight
+from jaxaccum._accumulator.state import (
+    AccumulatorState,
+    Reduction,
+    Verdict,
+    as_int32,
+    as_max_staleness,
+    new_histogram,
+    weight_dtype,
+)
 from jaxaccum._accumulator.state import init as init_sums
 from jaxaccum._distributed.exchange import AxisName
 from jaxaccum._optimizers.lazy_rows import flatten_like
-from jaxaccum._optimizers.varying import vary_along
 from jaxaccum._rows.on_mesh import match_rows
 from jaxaccum._rows.public import public, pytree
 from jaxaccum._rows.row_arithmetic import sum_dtype
 from jaxaccum._rows.tables import select_tables
 from jaxaccum._rows.tree import PyTree
+from jaxaccum._rows.varying import vary_along
 
 # What devices do not have in common.
 _OWN = (
@@ -69,7 +77,7 @@ class MicroBatchState:
         had to hold for the next gradient to fit, in the order of the leaves.
       verdict: int32 ``[]``, the `Verdict` on the last gradient.
       verdict_counts: int32 ``[5]``, gradients by `Verdict` since ``init``.
-      total_weight: float32 ``[]``, of the gradients accepted since the last step; ``None`` without
+      total_weight: float ``[]``, of the gradients accepted since the last step; ``None`` without
         ``staleness_weight``.
       staleness_counts: int32 ``[max_staleness + 2]``, gradients accepted by how many steps old they
         were, and last those refused as stale; ``None`` without ``max_staleness``.
@@ -122,7 +130,7 @@ class Options:
     on_overflow: OnOverflow
     skip: Callable[[PyTree, jax.Array, PyTree | None], Any] | None
     max_staleness: int
-    staleness_weight: Callable[[jax.Array], ArrayLike] | None
+    staleness_weight: StalenessWeight | None
     axis_name: AxisName | None
 
     def __post_init__(self) -> None:
@@ -131,10 +139,7 @@ class Options:
         if self.on_overflow not in get_args(OnOverflow):
             known = get_args(OnOverflow)
             raise ValueError(f"on_overflow must be one of {known}, got {self.on_overflow!r}")
-        if operator.index(self.max_staleness) < 0:
-            raise ValueError(f"max_staleness must not be negative, got {self.max_staleness}")
-        if self.staleness_weight is not None and self.axis_name is not None:
-            raise ValueError("staleness_weight must be None with axis_name: counts go as integers")
+        as_max_staleness(self.max_staleness)
 
     def required(self, state: MicroBatchState) -> jax.Array | np.int32:
         """How many gradients the next step takes."""
@@ -146,7 +151,7 @@ def init_state(tx: Any, options: Options, params: PyTree) -> MicroBatchState:
     """Returns the state before the first gradient; ``tx`` is what `lazy_rows` returned."""
     selected = select_tables(options.tables, params)
     tx.update.check(params, selected)
-    is_weighted, ages = options.staleness_weight is not None, options.max_staleness + 2
+    is_weighted = options.staleness_weight is not None
     sum_of = functools.partial(_new_sum, reduction=options.reduction, is_weighted=is_weighted)
     state = MicroBatchState(
         sums=jax.tree.map(sum_of, params, selected, _capacities(options.capacity, params)),
@@ -157,8 +162,8 @@ def init_state(tx: Any, options: Options, params: PyTree) -> MicroBatchState:
         peak_rows=jnp.zeros(sum(map(bool, jax.tree.leaves(selected))), jnp.int32),
         verdict=jnp.int32(Verdict.ACCEPTED),
         verdict_counts=jnp.zeros(len(Verdict), jnp.int32),
-        total_weight=jnp.float32(0) if is_weighted else None,
-        staleness_counts=jnp.zeros(ages, jnp.int32) if options.max_staleness else None,
+        total_weight=jnp.zeros((), weight_dtype()) if is_weighted else None,
+        staleness_counts=new_histogram(options.max_staleness),
     )
     return state.map_own(functools.partial(vary_along, axis_name=options.axis_name))
 
@@ -184,15 +189,22 @@ def _new_sum(
 ) -> Any:
     dtype = sum_dtype(jnp.result_type(param))
     if is_table:
-        state = init_sums(param.shape, dtype, capacity=capacity, reduction=reduction)
-        if is_weighted:
-            state = dataclasses.replace(state, counts=jnp.zeros(state.capacity, jnp.float32))
+        state = init_sums(
+            param.shape, dtype, capacity=capacity, reduction=reduction, weighted=is_weighted
+        )
         values = match_rows(state.values, param)
         return without_counters(dataclasses.replace(state, values=values))
     return jnp.zeros_like(param, dtype)
 
 
-_COUNTERS = ("num_accumulated", "global_step", "verdict_counts", "num_shared", "shared_verdicts")
+_COUNTERS = (
+    "num_accumulated",
+    "global_step",
+    "verdict_counts",
+    "num_shared",
+    "shared_verdicts",
+    "total_weight",
+)
 
 
 def without_counters(total: AccumulatorState) -> AccumulatorState:
@@ -200,13 +212,11 @@ def without_counters(total: AccumulatorState) -> AccumulatorState:
     return dataclasses.replace(total, **counters)
 
 
-def with_counters(
-    total: AccumulatorState, state: MicroBatchState, count: jax.Array | None = None
-) -> AccumulatorState:
-    """Returns the sums of a table as an accumulator, which divides by ``count`` if it is given."""
+def with_counters(total: AccumulatorState, state: MicroBatchState) -> AccumulatorState:
+    """Returns the sums of a table as an accumulator, which divides by the counts of ``state``."""
     zero, none = jnp.int32(0), jnp.zeros_like(state.verdict_counts)
-    count = state.num_accumulated if count is None else count
-    own = (count, state.global_step, state.verdict_counts, zero, none)
+    weight = state.total_weight
+    own = (state.num_accumulated, state.global_step, state.verdict_counts, zero, none, weight)
     counters: dict[str, Any] = dict(zip(_COUNTERS, own, strict=True))
     return dataclasses.replace(total, **counters)
 

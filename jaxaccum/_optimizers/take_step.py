@@ -50,11 +50,10 @@ def take_step(
     axis_name, weight = options.axis_name, state.total_weight
     sums, treedef = jax.tree.flatten(state.sums, is_leaf=is_accumulator)
     grads = list(sums)
-    _, num_accumulated = over_devices(jnp.bool_(False), state.num_accumulated, axis_name)
-    total_count = num_accumulated if weight is None else weight
+    total_count = _count_all(state, axis_name)
     for i, (total, dtype) in enumerate(zip(sums, dtypes, strict=True)):
         if is_accumulator(total):
-            total = with_counters(total, state, None if axis_name else total_count)
+            total = with_counters(total, state)
             emptied, taken = take_if(total, jnp.bool_(True))
             if axis_name is not None:
                 taken = _taken_by_all(total, axis_name)
@@ -79,11 +78,20 @@ def take_step(
     )
 
 
+def _count_all(state: MicroBatchState, axis_name: AxisName | None) -> jax.Array:
+    """How many gradients there are, or what they weigh, over all devices."""
+    if state.total_weight is None:
+        return over_devices(jnp.bool_(False), state.num_accumulated, axis_name)[1]
+    if axis_name is None:
+        return state.total_weight
+    return jnp.sum(all_gather(state.total_weight, axis_name))
+
+
 def _taken_by_all(total: AccumulatorState, axis_name: AxisName) -> IndexedSlices:
-    """What the accumulators of all devices come to; there is room for all of their rows."""
+    """What the accumulators of all devices come to; none of their rows is left out."""
     rows = total.dense_shape[0] or 0
-    room = max(min(axis_size(axis_name) * total.capacity, rows), 1)
-    union = exchange_union(total, axis_name, None, None, room)
+    capacity = max(min(axis_size(axis_name) * total.capacity, rows), 1)
+    union = exchange_union(total, axis_name, None, None, capacity)
     return union_gradient(total, union, jnp.bool_(True))
 
 

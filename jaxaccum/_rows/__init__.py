@@ -5,7 +5,7 @@
   (``strangers``).
 * Tables: which leaves are tables (``tables``, ``tree``), rows of them read, written and added
   (``row_arithmetic``), bags of rows (``embedding_bag``), how they lie in memory (``row_major``) and
-  on a mesh (``on_mesh``).
+  on a mesh (``on_mesh``), and what varies over its axes (``varying``).
 * Numbers: exact quotients (``quotient``), prefix sums (``prefix_sums``), detours round XLA's CPU
   backend (``cpu_workarounds``).
 * Names: of public classes (``public``), and of modules of other libraries (``modules``).

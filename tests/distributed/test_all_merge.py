@@ -203,6 +203,44 @@ def test_dtypes_and_reductions(dtype):
             assert not np.asarray(taken.values)[:, 2:].any()
 
 
+@pytest.mark.parametrize("exchange", ["rows", "dense"])
+def test_weights_and_ages_add_up(exchange):
+    """Over two cycles: what devices have in common since the first is not counted again."""
+    weights = np.array([1, 0.5, 0.25, 9], np.float32)
+    ids = np.tile(np.array([3, 5], np.int32), (NUM_DEVICES, 1))
+    ids[4:, 1] = -1
+    values = np.arange(2 * NUM_DEVICES, dtype=np.float32).reshape(NUM_DEVICES, 2, 1)
+    ages = np.arange(NUM_DEVICES, dtype=np.int32) % 4  # the last is too old
+
+    def add(state, ids, values, age):
+        grad = IndexedSlices(jnp.where(ids < 0, ROWS, ids), values, (ROWS, 1))
+        weigh = lambda s: jnp.asarray(weights)[s]  # noqa: E731
+        return jaxaccum.apply(state, grad, state.global_step - age, staleness_weight=weigh)[0]
+
+    def program(axis_name, ids, values, age):
+        policy = {"max_staleness": 2, "weighted": True, "reduction": "mean_per_row"}
+        state = jaxaccum.init((ROWS, 1), capacity=CAPACITY, **policy)
+        merged, _ = jaxaccum.all_merge(add(state, ids, values, age), axis_name, exchange=exchange)
+        again, mean, _ = jaxaccum.take(merged)
+        again = add(again, ids, values, age)
+        again, mean_again, *_ = jaxaccum.all_take(again, axis_name, exchange=exchange)
+        return merged, mean, again, mean_again
+
+    merged, mean, again, mean_again = run(program, ids, values, ages)
+    weight = weights[ages] * (ages < 3)
+    totals = [weight.sum(), weight[:4].sum()]
+    means = [weight @ values[:, 0, 0] / totals[0], weight[:4] @ values[:4, 1, 0] / totals[1]]
+    for i in range(NUM_DEVICES):
+        state = device(merged, i)
+        assert state.counts[:2].tolist() == totals
+        assert state.total_weight == totals[0]
+        assert state.staleness_counts.tolist() == [2, 2, 2, 2]
+        assert device(again, i).staleness_counts.tolist() == [4, 4, 4, 4]
+        assert device(again, i).total_weight == 0
+        for taken in (mean, mean_again):
+            np.testing.assert_allclose(device(taken, i).values[:2, 0], means, rtol=1e-6)
+
+
 def test_one_axis_of_two_can_be_merged():
     """Over the cores of each host alone: hosts differ, and a merge over hosts is then refused."""
 

@@ -335,6 +335,8 @@ def test_wrong_calls_say_what_is_wrong():
         apply(grad, bucket=0)
     with pytest.raises(ValueError, match="state must have a known row count to be sharded"):
         apply(grad, jaxaccum.init((None, 2), capacity=3))
+    with pytest.raises(ValueError, match=r"without max_staleness and weighted.* got 2 and False"):
+        apply(grad, jaxaccum.init((ROWS // NUM_DEVICES, 2), capacity=3, max_staleness=2))
     with pytest.raises(TypeError, match="indices must be integers, got float32"):
         on_devices(lambda axis, ids: jaxaccum.all_lookup(ids, ids, axis)[0], "shard_map")(
             np.ones((NUM_DEVICES, 3), np.float32)

@@ -6,25 +6,40 @@ ACCEPTED, STALE, OVERFLOW, INVALID = range(4)  # and SKIPPED, which only optimiz
 
 
 class Oracle:
-    """What `jaxaccum` promises, said as slowly and plainly as possible."""
+    """What `jaxaccum` promises, said as slowly and plainly as possible.
 
-    def __init__(self, rows, capacity, reduction="mean_per_row", dtype=np.float32, sum_dtype=None):
+    ``weights`` says what a gradient weighs by how many steps old it is; older ones are stale.
+    """
+
+    def __init__(
+        self,
+        rows,
+        capacity,
+        reduction="mean_per_row",
+        dtype=np.float32,
+        sum_dtype=None,
+        weights=(1,),
+    ):
         self.rows, self.capacity, self.reduction = rows, capacity, reduction
+        self.weights, self.ages = weights, [0] * (len(weights) + 1)
         self.dtype, self.sum_dtype = dtype, sum_dtype or dtype
         self.step = 0
         self.verdicts = [0, 0, 0, 0, 0]
         self._start_afresh()
 
     def _start_afresh(self):
-        self.sums, self.touched, self.num_accumulated = {}, {}, 0
+        self.sums, self.touched, self.num_accumulated, self.total = {}, {}, 0, 0
 
     def apply(self, ids, values, local_step=None, padding=None):
-        verdict = self._try_apply(ids, values, local_step, padding)
+        age = 0 if local_step is None else self.step - local_step
+        age = min(max(age, 0), len(self.weights))
+        verdict = self._try_apply(ids, values, age, padding)
         self.verdicts[verdict] += 1
+        self.ages[age] += verdict in (ACCEPTED, STALE)
         return verdict
 
-    def _try_apply(self, ids, values, local_step, padding):
-        if local_step is not None and local_step < self.step:
+    def _try_apply(self, ids, values, age, padding):
+        if age == len(self.weights):
             return STALE
         if padding is None:
             padding = 2**31 - 1 if self.rows is None else self.rows
@@ -34,12 +49,14 @@ class Oracle:
             return INVALID
         if len(self.sums.keys() | {i for i, _ in real}) > self.capacity:
             return OVERFLOW
+        weight = self.weights[age]
         for row, value in real:
-            value = value.astype(self.sum_dtype)
+            value = value.astype(self.sum_dtype) * np.array(weight).astype(self.sum_dtype)
             self.sums[row] = (self.sums[row] + value) if row in self.sums else value
         for row in {i for i, _ in real}:
-            self.touched[row] = self.touched.get(row, 0) + 1
+            self.touched[row] = self.touched.get(row, 0) + weight
         self.num_accumulated += 1
+        self.total += weight
         return ACCEPTED
 
     def take(self, num_required=1):
@@ -54,7 +71,7 @@ class Oracle:
     def _reduce(self, total, touched):
         if self.reduction == "sum":
             return total.astype(self.dtype)
-        count = touched if self.reduction == "mean_per_row" else self.num_accumulated
+        count = touched if self.reduction == "mean_per_row" else self.total
         if np.issubdtype(self.sum_dtype, np.integer):
             # In Python's integers: 64 bits do not fit a float.
             exact = [abs(int(t)) // count * (1 if t >= 0 else -1) for t in total.ravel()]
@@ -69,6 +86,8 @@ class Oracle:
             self.sums[row] = (self.sums[row] + total) if row in self.sums else total
             self.touched[row] = self.touched.get(row, 0) + other.touched[row]
         self.num_accumulated += other.num_accumulated
+        self.total += other.total
+        self.ages = [a + b for a, b in zip(self.ages, other.ages, strict=True)]
         self.step = max(self.step, other.step)
         self.verdicts = [a + b for a, b in zip(self.verdicts, other.verdicts, strict=True)]
         return ACCEPTED

@@ -30,20 +30,23 @@ def params():
     return {"bias": jnp.zeros(2), "table": jnp.zeros((ROWS, 2))}
 
 
-def train(tx, ids, values):
+def train(tx, ids, values, ages=None):
     """Takes gradients ``[LENGTH, n]`` in a scan; returns the params, the state and all steps."""
+    ages = jnp.zeros(LENGTH, jnp.int32) if ages is None else ages
 
     def update(carry, grad):
-        ids, values = grad
+        ids, values, age = grad
         slices = IndexedSlices(ids, jnp.stack([values, -values], axis=1), (ROWS, 2))
         grads = {"bias": values[:2], "table": slices}
-        updates, state = tx.update(grads, carry[1], carry[0])
+        local_step = carry[1].global_step - age
+        updates, state = tx.update(grads, carry[1], carry[0], local_step=local_step)
         return (jaxaccum.apply_updates(carry[0], updates), state), (
             state.global_step,
             state.num_early,
         )
 
-    (tables, state), steps = jax.lax.scan(update, (params(), tx.init(params())), (ids, values))
+    start = params(), tx.init(params())
+    (tables, state), steps = jax.lax.scan(update, start, (ids, values, ages))
     return tables, state, steps
 
 
@@ -53,18 +56,27 @@ def draw(seed, num_slices=3):
     return ids, rng.integers(-8, 9, (8, LENGTH, num_slices)).astype(np.float32)
 
 
-def expected(ids, values, capacity, num_required):
-    """All devices' gradients by rounds, with SGD of the mean: params, steps and early steps."""
+def expected(ids, values, capacity, num_required, ages=None, per_row=False):
+    """All devices' gradients by rounds, with SGD of the mean: params, steps and early steps.
+
+    A gradient of age ``s`` weighs ``2**-s``.
+    """
+    weights = np.ones(ids.shape[:2]) if ages is None else 2.0**-ages
     bias, table = np.zeros(2), np.zeros((ROWS + 1, 2))
     held, steps = [[] for _ in range(8)], []
     step = early = 0
 
     def take():
         nonlocal step
-        count = sum(map(len, held))
-        for ids, values in itertools.chain(*held):
-            bias[:] -= values[:2] / count
-            np.subtract.at(table, ids, np.stack([values, -values], axis=1) / count)
+        total = sum(weight for *_, weight in itertools.chain(*held))
+        touched = np.zeros((ROWS + 1, 1))
+        for ids, _, weight in itertools.chain(*held):
+            touched[np.unique(ids)] += weight
+        count = np.where(touched > 0, touched, 1) if per_row else np.full((ROWS + 1, 1), total)
+        for ids, values, weight in itertools.chain(*held):
+            bias[:] -= weight * values[:2] / total
+            rows = weight * np.stack([values, -values], axis=1)
+            np.subtract.at(table, ids, rows / count[ids])
         step += 1
         for one in held:
             one.clear()
@@ -74,12 +86,13 @@ def expected(ids, values, capacity, num_required):
         for d in range(8):
             rows = {i for grad in held[d] for i in grad[0]} | set(ids[d, t])
             fits = len(rows - {ROWS}) <= capacity
-            (held[d] if fits else late).append((ids[d, t], values[d, t]) if fits else d)
+            grad = ids[d, t], values[d, t], weights[d, t]
+            (held[d] if fits else late).append(grad if fits else d)
         if late:
             take()
             early += 1
             for d in late:
-                held[d].append((ids[d, t], values[d, t]))
+                held[d].append((ids[d, t], values[d, t], weights[d, t]))
         elif sum(map(len, held)) >= num_required:
             take()
         steps.append((step, early))
@@ -103,6 +116,32 @@ def test_devices_step_together(way, capacity):
     assert (wanted_steps[-1][1] > 0) == (capacity == 5)
     for d in range(8):
         assert np.stack([s[d] for s in steps], axis=1).tolist() == [list(s) for s in wanted_steps]
+        for name, table in wanted.items():
+            np.testing.assert_allclose(tables[name][d], table, rtol=1e-5, atol=1e-5)
+            np.testing.assert_array_equal(tables[name][d], tables[name][0])
+
+
+@pytest.mark.parametrize(
+    "reduction", in_breadth(["mean_per_gradient", "mean_per_row"], {"mean_per_gradient"})
+)
+@pytest.mark.parametrize("way", in_breadth(WAYS, {"pmap"}))
+def test_devices_weigh_what_is_stale(way, reduction):
+    ids, values = draw(1)
+    ages = np.random.default_rng(5).integers(0, 3, (8, LENGTH)).astype(np.int32)
+
+    def program(axis_name, ids, values, ages):
+        tx = jaxaccum.accumulate(
+            optax.sgd(1.0), 20, tables=TABLES, capacity=5, axis_name=axis_name,
+            reduction=reduction, max_staleness=3, staleness_weight=lambda s: 2.0**-s,
+        )  # fmt: skip
+        tables, state, steps = train(tx, ids, values, ages)
+        return tables, steps, state.staleness_counts
+
+    tables, steps, counts = on_devices(program, way)(ids, values, ages)
+    wanted, wanted_steps = expected(ids, values, 5, 20, ages, reduction == "mean_per_row")
+    assert np.stack([s[0] for s in steps], axis=1).tolist() == [list(s) for s in wanted_steps]
+    for d in range(8):
+        assert counts[d].tolist() == [*np.bincount(ages[d], minlength=4), 0]
         for name, table in wanted.items():
             np.testing.assert_allclose(tables[name][d], table, rtol=1e-5, atol=1e-5)
             np.testing.assert_array_equal(tables[name][d], tables[name][0])
@@ -133,10 +172,6 @@ def test_an_axis_that_is_not_there():
     grad = IndexedSlices(jnp.zeros(1, jnp.int32), jnp.ones(1), (4,))
     with pytest.raises(ValueError, match=r"axis_name must be an axis .* got 'nowhere'"):
         jax.eval_shape(tx.update, grad, tx.init(jnp.zeros(4)), jnp.zeros(4))
-    with pytest.raises(ValueError, match="staleness_weight must be None with axis_name"):
-        jaxaccum.accumulate(
-            optax.sgd(0.1), 2, tables=True, capacity=2, axis_name="x", staleness_weight=abs
-        )
 
 
 @pytest.mark.parametrize(

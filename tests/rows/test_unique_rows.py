@@ -38,6 +38,7 @@ def check(unique, grad):
     assert not np.any(np.asarray(unique.values[n:]))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, np.int32, np.complex64, jnp.bfloat16])
 def test_rows_are_summed_in_the_order_they_come_in(dtype):
     for seed in range(5):
@@ -58,6 +59,7 @@ def test_few_slices(n):
     check(jaxaccum.sum_duplicates(grad), grad)
 
 
+@pytest.mark.cpu
 def test_unknown_row_count():
     known = slices(0)
     indices = jnp.where(known.indices == ROWS, 2**31 - 1, known.indices)
@@ -91,6 +93,7 @@ def test_wide_ids_do_not_become_others():
         assert apply(wide.at[5].set(1)) == jaxaccum.Verdict.ACCEPTED
 
 
+@pytest.mark.cpu
 def test_accumulating_unique_rows_changes_no_count():
     grad = slices(3)
     state = jaxaccum.init(grad.dense_shape, capacity=ROWS)
@@ -110,6 +113,7 @@ def test_the_scan_for_other_devices_sums_the_same_rows():
         np.testing.assert_array_equal(add_in_order(*arguments), add_where_they_lie(*arguments))
 
 
+@pytest.mark.cpu
 @pytest.mark.parametrize(("platform", "num_adding"), [("cpu", 1), ("cuda", 0), ("tpu", 0)])
 def test_no_scatter_adds_floats_off_the_cpu(platform, num_adding):
     lower = jax.export.export(jax.jit(jaxaccum.sum_duplicates), platforms=[platform])
