@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -12,6 +11,7 @@ import numpy as np
 from jaxaccum._accumulator.apply import apply_all
 from jaxaccum._accumulator.counters import saturating_add
 from jaxaccum._accumulator.reduction import reduce_sums
+from jaxaccum._accumulator.staleness import count_gradient, weigh
 from jaxaccum._accumulator.state import AccumulatorState, Reduction
 from jaxaccum._accumulator.take import take_if
 from jaxaccum._rows.indexed_slices import IndexedSlices
@@ -27,8 +27,8 @@ class Sums(NamedTuple):
     Attributes:
       tables: one state a table.
       dense: one sum a dense leaf; anything while there is nothing in it.
-      total: ``[]``, int32 how many gradients there are, or float32 what they weigh; ``None`` where
-        nobody asks, for the states of tables count gradients themselves.
+      total: ``[]``, int32 how many gradients there are, or a float, what they weigh; ``None`` where
+        there is no dense leaf to ask, for the states of tables count themselves.
     """
 
     tables: tuple[AccumulatorState, ...]
@@ -39,34 +39,30 @@ class Sums(NamedTuple):
 def add_to_sums(
     sums: Sums, indices: Arrays, values: Arrays, dense: Arrays, weight: jax.Array | None
 ) -> Sums:
-    """Adds a gradient, whose indices have been looked at and fit, to all leaves.
+    """Adds a gradient, whose indices have been looked at and whose rows fit, to all leaves.
 
     Args:
       sums: of what came before.
       indices: of each table, int32 ``[n]``.
       values: of each table, ``[n, *row]``.
       dense: of each dense leaf.
-      weight: float32 ``[]``, how many times it counts; or ``None``, once.
+      weight: ``[]``, how many times it counts; or ``None``, once.
     """
-
-    def weighted(gradient: jax.Array, total: jax.Array) -> jax.Array:
-        gradient = gradient.astype(total.dtype)
-        return gradient if weight is None else gradient * weight.astype(total.dtype)
-
     gradients = [
-        IndexedSlices(ids, weighted(rows, state.values), state.dense_shape)
+        IndexedSlices(ids, rows, state.dense_shape)
         for state, ids, rows in zip(sums.tables, indices, values, strict=True)
     ]
-    tables, _, _ = apply_all(list(sums.tables), gradients, jnp.bool_(False), weight=weight)
+    tables, verdict, _ = apply_all(list(sums.tables), gradients, jnp.bool_(False), weight=weight)
+    counted = tuple(count_gradient(state, verdict, jnp.int32(0), weight) for state in tables)
     if sums.total is None:
-        return Sums(tuple(tables), (), None)
+        return Sums(counted, (), None)
     is_first = sums.total == 0  # what is left of the step before is overwritten, not zeroed
-    added = tuple(
-        jnp.where(is_first, weighted(leaf, total), total + weighted(leaf, total))
-        for total, leaf in zip(sums.dense, dense, strict=True)
-    )
+    added = []
+    for total, leaf in zip(sums.dense, dense, strict=True):
+        leaf = weigh(leaf, weight, total.dtype).astype(total.dtype)
+        added.append(jnp.where(is_first, leaf, total + leaf))
     total = saturating_add(sums.total, 1) if weight is None else sums.total + weight
-    return Sums(tuple(tables), added, total)
+    return Sums(counted, tuple(added), total)
 
 
 def take_sums(
@@ -83,16 +79,13 @@ def take_sums(
     Returns:
       The new sums; and rows of the tables, ascending, padding last, and means of the dense leaves.
     """
-    total, tables, taken = sums.total, [], []
+    tables, taken = [], []
     for state, size in zip(sums.tables, sizes, strict=True):
-        num_rows = state.num_rows
-        if total is not None:  # which may be a sum of weights
-            state = dataclasses.replace(state, num_accumulated=total)
         emptied, gradient = take_if(state, jnp.bool_(True))
-        none = emptied.num_accumulated.astype(jnp.int32)
-        tables.append(dataclasses.replace(emptied, num_accumulated=none))
+        tables.append(emptied)
         # XLA reads and divides only the rows that are left: their number is bounded by ``size``.
-        taken.append((gradient.indices[:size], gradient.values[:size], num_rows))
+        taken.append((gradient.indices[:size], gradient.values[:size], state.num_rows))
+    total = sums.total
     if total is None:
         return Sums(tuple(tables), (), None), (tuple(taken), ())
     means = tuple(

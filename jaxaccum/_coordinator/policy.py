@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
-from collections.abc import Callable
 
-import jax
-from jax.typing import ArrayLike
+from jaxaccum._accumulator.staleness import StalenessWeight
+from jaxaccum._accumulator.state import as_max_staleness
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,13 +21,12 @@ class Policy:
     """
 
     max_staleness: int = 0
-    staleness_weight: Callable[[jax.Array], ArrayLike] | None = None
+    staleness_weight: StalenessWeight | None = None
     exactly: bool = False
     carry_over: bool = False
 
     def __post_init__(self) -> None:
-        if operator.index(self.max_staleness) < 0:
-            raise ValueError(f"max_staleness must not be negative, got {self.max_staleness}")
+        as_max_staleness(self.max_staleness)
         if self.staleness_weight is not None and not callable(self.staleness_weight):
             raise TypeError(f"staleness_weight must be a function, got {self.staleness_weight!r}")
 

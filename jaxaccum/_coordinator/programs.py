@@ -6,18 +6,16 @@ would run its constructor, in Python, where a signal may strike: see `device_sta
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.typing import ArrayLike
 
 from jaxaccum._accumulator import merge
-from jaxaccum._accumulator.state import AccumulatorState, Reduction
+from jaxaccum._accumulator.staleness import StalenessWeight, find_weight
+from jaxaccum._accumulator.state import Reduction, weight_dtype
 from jaxaccum._accumulator.tree_sums import Arrays, Sums, add_to_sums, take_sums
 
 Leaves = tuple[jax.Array, ...]
@@ -36,7 +34,7 @@ class Kind(NamedTuple):
     treedef: jax.tree_util.PyTreeDef
     reduction: Reduction
     dtypes: tuple[np.dtype, ...]
-    staleness_weight: Callable[[jax.Array], ArrayLike] | None
+    staleness_weight: StalenessWeight | None
 
 
 class Programs(NamedTuple):
@@ -61,8 +59,8 @@ def make_programs(kind: Kind) -> Programs:
         leaves: Leaves, indices: Arrays, values: Arrays, dense: Arrays, staleness: jax.Array | None
     ) -> Leaves:
         weight = None
-        if kind.staleness_weight is not None and staleness is not None:
-            weight = jnp.asarray(kind.staleness_weight(staleness), jnp.float32)
+        if staleness is not None:
+            weight = find_weight(kind.staleness_weight, staleness, weight_dtype())
         sums = add_to_sums(_unflatten(kind, leaves), indices, values, dense, weight)
         return tuple(jax.tree.leaves(sums))
 
@@ -84,14 +82,7 @@ def make_programs(kind: Kind) -> Programs:
     return Programs(jax.jit(apply, donate_argnums=0), apply_staged, take)
 
 
-@functools.partial(jax.jit, static_argnums=1)
-def grow(state: AccumulatorState, capacity: int) -> AccumulatorState:
-    """Makes a copy of a larger capacity."""
-    # As integers, for a state of larger capacity is made with such counts.
-    counts = jax.lax.bitcast_convert_type(state.counts, jnp.int32)
-    grown = merge.grow(dataclasses.replace(state, counts=counts), capacity)
-    counts = jax.lax.bitcast_convert_type(grown.counts, state.counts.dtype)
-    return dataclasses.replace(grown, counts=counts)
+grow = jax.jit(merge.grow, static_argnums=1)
 
 
 def _unflatten(kind: Kind, leaves: Leaves) -> Sums:

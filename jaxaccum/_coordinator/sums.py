@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxaccum._accumulator.merge import merge
-from jaxaccum._accumulator.state import AccumulatorState, init
+from jaxaccum._accumulator.state import AccumulatorState, init, weight_dtype
 from jaxaccum._accumulator.tree_sums import Sums
 from jaxaccum._coordinator.host_memory import pad, round_up
 from jaxaccum._coordinator.placement import Placement
@@ -24,7 +23,7 @@ def make_empty(
     spec: TreeSpec, row_shapes: Sequence[Shape], capacities: Sequence[int], placement: Placement
 ) -> Sums:
     """Returns sums of nothing, of rows and dense leaves of these shapes."""
-    weight, num_tables = spec.policy.staleness_weight, len(spec.tables)
+    is_weighted, num_tables = spec.policy.staleness_weight is not None, len(spec.tables)
     tables = []
     for leaf, row, capacity in zip(spec.tables, row_shapes, capacities, strict=False):
         state = init(
@@ -33,18 +32,16 @@ def make_empty(
             capacity=limit(leaf, capacity),
             reduction=leaf.reduction,
             accumulator_dtype=leaf.sum_dtype,
+            weighted=is_weighted,
         )
-        if weight is not None:
-            state = dataclasses.replace(state, counts=jnp.zeros(state.capacity, jnp.float32))
         tables.append(placement.place(state))
     dense = [
         placement.place_dense(jnp.zeros(shape, leaf.sum_dtype))
         for leaf, shape in zip(spec.dense, row_shapes[num_tables:], strict=True)
     ]
     total = None
-    if spec.dense or weight is not None:
-        total = jnp.zeros((), jnp.int32 if weight is None else jnp.float32)
-        total = jax.device_put(total, placement.gradients)
+    if spec.dense:
+        total = placement.place_dense(jnp.zeros((), weight_dtype() if is_weighted else jnp.int32))
     return Sums(tuple(tables), tuple(dense), total)
 
 
@@ -75,7 +72,10 @@ def save_sums(spec: TreeSpec, sums: Sums | None) -> dict[str, np.ndarray]:
         total = np.zeros(shape, leaf.sum_dtype) if sums is None else np.array(sums.dense[i])
         saved[name + "values"] = total
     if spec.policy.staleness_weight is not None:
-        saved["total_weight"] = np.array(0.0 if sums is None else sums.total, np.float32)
+        weight: Any = 0
+        if sums is not None:
+            weight = sums.tables[0].total_weight if sums.tables else sums.total
+        saved["total_weight"] = np.array(weight, weight_dtype())
     return saved
 
 
@@ -110,9 +110,11 @@ def load_sums(
         for capacity, (ids, _) in zip(capacities, rows, strict=True)
     ]
     empty = make_empty(spec, shapes, needed, placement)
-    count = np.int32(min(num_held, 2**31 - 1))
+    counts: dict[str, Any] = {"num_accumulated": np.int32(min(num_held, 2**31 - 1))}
+    if spec.policy.staleness_weight is not None:
+        counts["total_weight"] = np.asarray(saved["total_weight"], weight_dtype())
     tables = tuple(
-        placement.place(_with_rows(leaf, state, ids, each, touches, count))
+        placement.place(_with_rows(leaf, state, ids, each, touches, counts))
         for leaf, state, (ids, touches), each in zip(
             spec.tables, empty.tables, rows, values, strict=False
         )
@@ -120,8 +122,8 @@ def load_sums(
     dense = tuple(placement.place_dense(jnp.array(each)) for each in values[num_tables:])
     total = empty.total
     if total is not None:
-        now = count if total.dtype == jnp.int32 else saved["total_weight"]
-        total = jax.device_put(jnp.asarray(now, total.dtype), placement.gradients)
+        *_, count = counts.values()
+        total = placement.place_dense(jnp.asarray(count))
     return Sums(tables, dense, total), [ids.size for ids, _ in rows]
 
 
@@ -131,7 +133,7 @@ def _with_rows(
     indices: np.ndarray,
     values: np.ndarray,
     touches: np.ndarray,
-    count: np.int32,
+    counts: dict[str, Any],
 ) -> AccumulatorState:
     size, int32 = empty.capacity, np.dtype(np.int32)
     arrays: dict[str, Any] = {
@@ -139,6 +141,5 @@ def _with_rows(
         "values": pad(values, size, 0, spec.sum_dtype),
         "counts": pad(touches, size, 0, empty.counts.dtype),
         "num_rows": np.int32(indices.size),
-        "num_accumulated": count,
     }
-    return merge(empty, dataclasses.replace(empty, **arrays))[0]
+    return merge(empty, dataclasses.replace(empty, **arrays, **counts))[0]

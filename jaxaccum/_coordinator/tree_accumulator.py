@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Hashable
 from typing import Any, NamedTuple
 
 import jax
 from jax.typing import ArrayLike
 
+from jaxaccum._accumulator.staleness import StalenessWeight
 from jaxaccum._accumulator.state import Reduction, Verdict
 from jaxaccum._coordinator.device_state import DeviceState
 from jaxaccum._coordinator.handle import Handle
@@ -125,7 +126,7 @@ class TreeAccumulator(Handle):
         reduction: Reduction = "mean_per_gradient",
         capacity: PyTree = None,
         max_staleness: int = 0,
-        staleness_weight: Callable[[jax.Array], ArrayLike] | None = None,
+        staleness_weight: StalenessWeight | None = None,
         exactly: bool = False,
         carry_over: bool = False,
         device: jax.Device | None = None,
