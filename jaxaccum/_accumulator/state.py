@@ -49,6 +49,11 @@ class Verdict(enum.IntEnum):
 
     __str__ = enum.Enum.__str__  # the name; by itself an IntEnum prints the number
 
+    @classmethod
+    def _missing_(cls, value: object) -> Verdict | None:
+        # What functions return: an int32 scalar, which no member is found by.
+        return cls(int(value)) if isinstance(value, jax.Array) and value.ndim == 0 else None
+
 
 def verdict_name(verdict: np.ndarray) -> str:
     """The name of a verdict, for one line of text; of many verdicts what they are."""

@@ -20,7 +20,15 @@ PAGES = [ROOT / "README.md", *sorted([*DOCS.glob("*.md"), *DOCS.glob("tutorials/
 BLOCK = re.compile(r"^```python\n(.*?)^```\n(?:\n?^```output\n(.*?)^```\n)?", re.M | re.S)
 PROGRAMS = [page for page in PAGES if BLOCK.search(page.read_text())]
 # Pages that compile for many seconds.
-LONG = {"data_parallel.md", "distributed.md", "lazy_optimizers.md", "sharded_tables.md"}
+LONG = {
+    "data_parallel.md",
+    "distributed.md",
+    "knowledge_graph.md",
+    "lazy_optimizers.md",
+    "quick_start.md",
+    "recommender.md",
+    "sharded_tables.md",
+}
 
 
 def name_of(page):

@@ -69,6 +69,8 @@ def test_what_is_traced_batched_or_abstract_is_printed_too(count):
 def test_verdicts_are_printed_and_found_by_name():
     _, verdict = jaxaccum.apply(jaxaccum.init((100, 2), capacity=8), gradient([-1]))
     assert str(jaxaccum.Verdict(verdict)) == f"{jaxaccum.Verdict.INVALID}" == "Verdict.INVALID"
+    with pytest.raises(ValueError, match="not a valid Verdict"):
+        jaxaccum.Verdict(jnp.int32(7))
 
 
 def test_leaves_of_states_have_names_in_checkpoints():
