@@ -79,6 +79,8 @@ def all_apply(
       >>> count, verdict = jax.pmap(step, axis_name="rows")(jnp.tile(jnp.array([7, 3]), (n, 1)))
       >>> count[0] == n
       Array(True, dtype=bool)
+
+    Source: the row-wise sharding of TorchRec, whose devices exchange rows by an all-to-all.
     """
     num_devices = axis_size(axis_name)
     shard_length = _get_length(state)
@@ -148,6 +150,8 @@ def all_lookup(
       ...                 axis_name="rows")
       >>> find(table, jnp.full((len(table), 1), 3))[-1]
       Array([[6., 7.]], dtype=float32)
+
+    Source: the row-wise sharding of TorchRec, whose devices exchange rows by an all-to-all.
     """
     num_devices = axis_size(axis_name)
     rows = shard.shape[0] * num_devices

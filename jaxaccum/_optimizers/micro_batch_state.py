@@ -90,6 +90,8 @@ class MicroBatchState:
       >>> state = tx.init(jnp.zeros((4, 1)))
       >>> state.sums.capacity, state.num_accumulated
       (3, Array(0, dtype=int32))
+
+    Source: ``optax.MultiStepsState``, with rows for tables.
     """
 
     sums: PyTree

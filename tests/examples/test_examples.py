@@ -125,7 +125,7 @@ def test_links_matter_as_much_as_their_loss_takes_away(capsys):
     links = [line for line in printed.splitlines() if " is a " in line]
     shares = [float(line.split()[0]) for line in links]
     (reached,) = map(float, re.findall(r"from accelerator.n.01 to artifact.n.01: (\S+)", printed))
-    # Each link of the only chain carries all that arrives; taking it away takes everything.
+    # All ways end in one link, which carries whatever arrives; no other carries more.
     assert shares == sorted(shares, reverse=True)
     assert max(shares) == reached
     assert relations.main(["--steps=1"]) == 0
