@@ -334,6 +334,7 @@ def test_labels_have_units_and_are_spread():
     assert moved == pytest.approx([0.455, 0.1, 0.555], abs=1e-3)
 
 
+@pytest.mark.full  # and each case is drawn in the gate
 def test_plots_of_the_same_results_are_the_same_and_say_whose_they_are(tmp_path):
     found = results()
     for point in found.points:
