@@ -159,6 +159,7 @@ def figures_of(results: Results) -> Iterable[tuple[str, Figure]]:
             point
             for point in results.of_case(plot.case)
             if all(point["at"].get(key) == value for key, value in plot.where.items())
+            and any(plot.metric in metrics for metrics in point["figures"].values())
         ]
         if points:
             yield plot.name, draw(plot, points)

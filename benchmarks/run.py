@@ -82,9 +82,18 @@ class Run:
         self.options, self.console = options, console
         self.results = results.Results()
         self.left_out = self.results.left_out
-        self.failed: dict[str, str] = {}
+        self.failed: set[str] = set()
         self.out: pathlib.Path | None = options.out
         self.start = time.monotonic()
+        self.bar = rich.progress.Progress(
+            rich.progress.BarColumn(),
+            rich.progress.MofNCompleteColumn(),
+            rich.progress.TimeElapsedColumn(),
+            rich.progress.TextColumn("{task.description}"),
+            console=console,
+            transient=True,
+        )
+        self.task = self.bar.add_task("")
 
     def chosen(self) -> list[str]:
         """The names of the cases to run; those whose packages are missing are left out."""
@@ -97,18 +106,10 @@ class Run:
 
     def all(self) -> None:
         names = self.chosen()
-        total = sum(len(self.settings(name)) for name in names)
-        columns = (
-            rich.progress.BarColumn(),
-            rich.progress.MofNCompleteColumn(),
-            rich.progress.TimeElapsedColumn(),
-            rich.progress.TextColumn("{task.description}"),
-        )
-        with rich.progress.Progress(*columns, console=self.console, transient=True) as bar:
-            task = bar.add_task("", total=total)
+        self.bar.update(self.task, total=sum(len(self.settings(name)) for name in names))
+        with self.bar:
             for group in self.groups(names):
-                self.run_group(group, lambda what: bar.update(task, description=what),
-                               lambda: bar.advance(task))  # fmt: skip
+                self.run_group(group)
 
     def settings(self, name: str) -> list[dict[str, Any]]:
         return CASES[name].quick if self.options.quick else CASES[name].settings
@@ -122,26 +123,27 @@ class Run:
             by_environ.setdefault(json.dumps(dict(CASES[name].environ)), []).append(name)
         return list(by_environ.values())
 
-    def run_group(self, names: list[str], say: Any, advance: Any) -> None:
+    def run_group(self, names: list[str]) -> None:
         """Runs cases in a process; one that dies loses its own points alone."""
         environ = {**os.environ, **CASES[names[0]].environ}
         if self.options.device:
             environ["JAX_PLATFORMS"] = {"gpu": "cuda"}.get(self.options.device, self.options.device)
         told = {"cases": names, "quick": self.options.quick, "peers": dict(self.options.peer)}
+        command = [sys.executable, "-m", "benchmarks.worker", json.dumps(told)]
         with tempfile.TemporaryFile("w+") as errors:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.worker", json.dumps(told)],
-                stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=environ,
-            )  # fmt: skip
-            try:
-                for line in process.stdout:
-                    self.take_up(json.loads(line), say, advance)
-            finally:
-                process.kill() if sys.exc_info()[0] else None
-                process.wait()
+            with subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=errors, text=True, cwd=ROOT, env=environ
+            ) as process:
+                try:
+                    for line in process.stdout:
+                        self.take_up(json.loads(line))
+                except BaseException:
+                    process.kill()
+                    raise
             if process.returncode:
-                self.failed[", ".join(names)] = f"the process ended with {process.returncode}"
-            if self.failed.keys() & {*names, ", ".join(names)}:
+                self.failed.add(", ".join(names))
+                self.left_out[", ".join(names)] = f"the process ended with {process.returncode}"
+            if self.failed & {*names, ", ".join(names)}:
                 errors.seek(0)
                 self.console.print(errors.read()[-4000:], markup=False, highlight=False)
         for name in names:
@@ -150,26 +152,25 @@ class Run:
                 self.console.print(tables.table_of(points))
         self.write()
 
-    def take_up(self, told: dict[str, Any], say: Any, advance: Any) -> None:
+    def take_up(self, told: dict[str, Any]) -> None:
         event = told.pop("event")
         if event == "environment" and not self.results.environment:
             self.begin(told["environment"])
         elif event == "start":
-            say(f"{told['case']}: {told['point']}")
+            name = f"{told['case']}: {told['point']}"
+            self.bar.update(self.task, description=name)
             if not self.console.is_terminal:  # where no bar shows it
-                self.console.print(f"{told['case']}: {told['point']}", highlight=False)
+                self.console.print(name, highlight=False)
         elif event == "peers":
             self.results.environment["versions"] |= told["versions"]
             self.left_out |= told["left_out"]
         elif event in ("point", "left out", "failed"):
-            advance()
+            self.bar.advance(self.task)
             if event == "point":
                 self.results.add(told)
             else:
-                name = f"{told['case']}: {told['point']}"
-                self.left_out[name] = told["why"]
-                if event == "failed":
-                    self.failed[told["case"]] = told["why"]
+                self.left_out[f"{told['case']}: {told['point']}"] = told["why"]
+                self.failed |= {told["case"]} if event == "failed" else set()
 
     def begin(self, environment: dict[str, Any]) -> None:
         """Once the device is known: where the results go, and what of them stays."""
@@ -177,7 +178,11 @@ class Run:
         if self.out is None and not self.options.quick:
             self.out = results.FOLDER / name
         if self.options.only and self.out and self.out.exists():
-            self.results.points = results.Results.read(self.out).points
+            before = results.Results.read(self.out)
+            self.results.points = before.points
+            environment["versions"] = (
+                before.environment.get("versions", {}) | environment["versions"]
+            )
         self.results.environment = environment
         self.console.print(
             f"{environment['processor']}, {environment['cores']} cores, JAX "

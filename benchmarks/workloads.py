@@ -57,9 +57,10 @@ def sparse_pairs(entries: int) -> list[tuple[Gradient, Gradient]]:
 
 def _sparse_pair(rng: np.random.Generator, entries: int) -> tuple[Gradient, Gradient]:
     cells: tuple[list[np.ndarray], list[np.ndarray]] = [], []
-    for inside, count in ((True, entries // 4), (False, entries - entries // 4)):
+    # Of the cells drawn, a quarter is inside; two matrices need twice the entries of one.
+    for inside, count, enough in ((True, entries // 4, 9), (False, entries - entries // 4, 3)):
         shared = round(count * entries / SIDE**2)
-        drawn = np.unique(rng.integers(0, SIDE * SIDE, 9 * count + 100))
+        drawn = np.unique(rng.integers(0, SIDE * SIDE, enough * count + 100))
         drawn = rng.permutation(drawn[_is_inside(drawn) == inside])
         cells[0].append(drawn[:count])
         cells[1].append(drawn[count - shared : 2 * count - shared])

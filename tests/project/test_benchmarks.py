@@ -9,6 +9,7 @@ import threading
 import types
 
 import pytest
+import rich.console
 
 import benchmarks.cases  # noqa: F401 (registers them)
 from benchmarks import figures, harness, peers, plots, steps, tables
@@ -333,11 +334,14 @@ def test_labels_have_units_and_are_spread():
     assert moved == pytest.approx([0.455, 0.1, 0.555], abs=1e-3)
 
 
+@pytest.mark.full  # and each case is drawn in the gate
 def test_plots_of_the_same_results_are_the_same_and_say_whose_they_are(tmp_path):
-    first = plots.draw_all(results(), tmp_path / "a", mark="cpu.json 0123")
-    second = plots.draw_all(results(), tmp_path / "b", mark="cpu.json 0123")
-    names = [path.name for path in first]
-    assert names == ["vocabulary.png", "vocabulary.svg", "memory.png", "memory.svg"]
+    found = results()
+    for point in found.points:
+        for metrics in point["figures"].values():
+            del metrics["MB"]  # and with it a plot
+    first, second = (plots.draw_all(found, tmp_path / f, mark="cpu.json 0123") for f in "ab")
+    assert [path.name for path in first] == ["vocabulary.png", "vocabulary.svg"]
     assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
     assert "cpu.json 0123" in first[1].read_text()
 
@@ -355,6 +359,46 @@ LINES = ["jaxaccum", "with catch_up", "by hand", "MultiSteps", "dense", "PyTorch
 def test_cells_of_a_table_have_the_unit_that_reads_best():
     assert tables.cell({"ms": 0.0213, "times": 1.0}) == "21 us"
     assert tables.cell({"ms": 2000.0, "times": 13.4, "MB": 0.5}) == "2.0 s (13x)\n0.50 MB"
+
+
+def test_a_run_takes_up_what_its_processes_tell(tmp_path, monkeypatch):
+    from benchmarks import run
+
+    monkeypatch.setattr(plots, "draw_all", lambda found, folder: [folder])
+
+    out = tmp_path / "cpu.json"
+    known = results()
+    known.environment |= {"versions": {"jax": "0", "torch": "2"}}
+    known.write(out)
+    options = run.parser().parse_args(["--only", "small", "--out", str(out)])
+    going = run.Run(options, rich.console.Console(quiet=True))
+    machine = {"platform": "cpu", "device": "P", "processor": "P", "cores": 2, "date": "today"}
+    point = {"case": "small", "point": "1", "at": {}, "figures": {"a": {"ms": 1.0}}}
+    for told in (
+        {"event": "environment", "environment": machine | {"versions": {"jax": "1"}}},
+        {"event": "start", "case": "small", "point": "1"},
+        {"event": "point", **point},
+        {"event": "left out", "case": "small", "point": "2", "why": "one device"},
+        {"event": "peers", "versions": {"tensorflow": "3"}, "left_out": {"torch": "gone"}},
+    ):
+        going.take_up(told)
+    assert going.finish() == 0
+    found = Results.read(out)
+    assert found.points == [*known.points, point]
+    assert found.environment["versions"] == {"jax": "1", "torch": "2", "tensorflow": "3"}
+    assert found.left_out == {"small: 2": "one device", "torch": "gone"}
+    going.take_up({"event": "failed", "case": "small", "point": "3", "why": "ValueError: no"})
+    assert going.finish() == 1
+
+
+def test_a_process_that_dies_fails_the_run(monkeypatch):
+    from benchmarks import run
+
+    going = run.Run(run.parser().parse_args(["--only", "small"]), rich.console.Console(quiet=True))
+    monkeypatch.setattr(sys, "executable", "false")
+    going.run_group(["small"])
+    assert going.left_out == {"small": "the process ended with 1"}
+    assert going.finish() == 1
 
 
 def test_the_interpreter_of_a_peer_is_named(capsys):
