@@ -1,5 +1,7 @@
 """SparseConditionalAccumulator beside TensorFlow's: microseconds an apply, takes included.
 
+"tree" is a `TreeAccumulator` of the same table alone.
+
 TensorFlow runs each apply as a prepared callable of one session: once with the gradient fed as
 NumPy arrays, as ours is given, and once with the gradient baked into the graph as a constant, the
 least it can do. It wants sorted, unique ids; "raw" gives it the unsorted, repeated ones ours is
@@ -53,6 +55,20 @@ def ours(rows: int | None, given: Gradients) -> tuple[Callable[[int], None], Cal
         acc.apply_grad(*given[k], local_step=FUTURE)
 
     return apply, lambda: acc.take_indexed_slices_grad(1)
+
+
+def tree(rows: int | None, given: Gradients) -> tuple[Callable[[int], None], Callable[[], Any]]:
+    """The same for a `TreeAccumulator` of that one table."""
+    grads = [
+        {"table": jaxaccum.IndexedSlices(ids, values, (rows, values.shape[1]))}
+        for ids, values in given
+    ]
+    acc = jaxaccum.TreeAccumulator(grads[0], reduction="mean_per_row")
+
+    def apply(k: int) -> None:
+        acc.apply_grad(grads[k], FUTURE)
+
+    return apply, lambda: acc.take_grad(1, trim=True)
 
 
 def theirs(
@@ -133,7 +149,7 @@ def main() -> None:
     table = []
     for rows, n, columns, count, applies, threads, repeats in CASES:
         raw = gradients(rows or 10_000, n, columns, count)
-        sides = {"jaxaccum": ours(rows, raw)}
+        sides = {"jaxaccum": ours(rows, raw), "tree": tree(rows, raw)}
         if has_peer:
             sorted_ids = deduplicated(raw)
             sides["TF fed"] = theirs(rows, sorted_ids, feed=True)
