@@ -85,8 +85,9 @@ class Kept:
     @outside_jit
     def deliver(self, taken: Taken, *, trim: bool) -> tuple[list[IndexedSlices], list[jax.Array]]:
         """Adds up what was taken, and returns what `DeviceState.deliver` does."""
+        idle = self._idle  # `clear` puts another list in its place
         try:
-            sums = self._idle.pop()
+            sums = idle.pop()
         except IndexError:
             sums = self._make_sums()
         for gradient, staleness in taken.arrays:
@@ -95,7 +96,7 @@ class Kept:
             sums.add(gradient, staleness)
         outcome: list[Any] = [None]
         sums.take(outcome, 1)
-        self._idle.append(sums)
+        idle.append(sums)
         return sums.deliver(outcome[0], trim=trim)
 
     def statistics(self) -> dict[str, Any]:

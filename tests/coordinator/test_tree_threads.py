@@ -157,6 +157,23 @@ def test_every_accepted_gradient_is_taken_once(seed):
 
 
 @pytest.mark.parametrize("exactly", [False, True])
+def test_a_step_that_ends_while_a_gradient_is_read_makes_it_stale(exactly, monkeypatch):
+    """What is fresh when it is looked at, outside the lock, may be stale when it is added."""
+    acc = jaxaccum.TreeAccumulator(LIKE, exactly=exactly)
+    acc.apply_grad(whole_gradient(0))
+    guarded = acc._core._accumulated
+    read = guarded.read
+
+    def slow(gradient):
+        acc.take_grad(1)
+        return read(gradient)
+
+    monkeypatch.setattr(guarded, "read", slow)
+    assert acc.apply_grad(whole_gradient(1)) == (jaxaccum.Verdict.STALE, 1)
+    assert acc.num_accumulated() == 0
+
+
+@pytest.mark.parametrize("exactly", [False, True])
 def test_ctrl_c_at_any_moment_tears_no_gradient(exactly):
     """A storm of signals, each raising wherever the main thread is; staged or dispatched."""
     program = f"""
