@@ -9,6 +9,8 @@ import jax
 import platforms
 import pytest
 
+pytest_plugins = ["ray_cluster"]
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
