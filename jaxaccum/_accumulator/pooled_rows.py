@@ -282,7 +282,7 @@ def _as_int32(indices: jax.Array) -> jax.Array:
 def _bid(pool: PooledRows, ids: jax.Array, sizes: tuple[int, ...]) -> _Part:
     ids = compute_once(ids)
     row_index, bid = pool.row_index.bid(ids, sum(pool.capacities))
-    before = jnp.append(bid.rank, bid.num_new)[np.array([0, *itertools.accumulate(sizes)])]
+    before = bid.before[np.array([0, *itertools.accumulate(sizes)])]
     return _Part(pool, row_index, bid, ids, sizes, before[1:] - before[:-1])
 
 
