@@ -11,9 +11,11 @@ the program gives it the capacity that would have done.
 
 from __future__ import annotations
 
+import running  # before JAX: from here on Ctrl-C ends in one line
+
+# isort: split
 import argparse
 import functools
-import sys
 import time
 from typing import Any
 
@@ -131,30 +133,31 @@ def train(options: argparse.Namespace) -> None:
     console.print(f"{options.batches:,} batches in {time.perf_counter() - start:.0f} seconds")
 
 
-def main(argv: list[str] | None = None) -> None:
-    formatter = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=formatter)
-    parser.add_argument("--batches", type=int, default=8000, help="micro-batches in all")
-    parser.add_argument("--report", type=int, default=1000, help="a report every so many of them")
-    parser.add_argument("--micro-batches", type=int, default=8, help="of a step")
-    parser.add_argument("--batch-size", type=int, default=256, help="bags in a micro-batch")
-    parser.add_argument("--rows", type=int, default=200_000, help="items there are")
-    parser.add_argument("--dim", type=int, default=16, help="numbers an item")
-    parser.add_argument("--skew", type=float, default=1.2, help="exponent of Zipf's law")
-    parser.add_argument("--later-skew", type=float, default=0.9, help="from halfway on")
-    parser.add_argument("--bad", type=float, default=0.002, help="share of batches with a NaN")
-    parser.add_argument("--capacity", type=int, help="rows of a step; by default as suggested")
+def make_parser() -> running.Parser:
+    parser = running.Parser(__file__, __doc__)
+    parser.number("--batches", 8000, "micro-batches in all")
+    parser.number("--report", 1000, "a report every so many of them")
+    parser.number("--micro-batches", 8, "micro-batches of a step")
+    parser.number("--batch-size", 256, "bags in a micro-batch")
+    parser.number("--rows", 200_000, "items there are")
+    parser.number("--dim", 16, "numbers an item")
+    parser.number("--skew", 1.2, "exponent of Zipf's law", low=0)
+    parser.number("--later-skew", 0.9, "the same from halfway on", low=0)
+    parser.number("--bad", 0.002, "share of batches with a NaN", low=0)
+    parser.number(
+        "--capacity", None, "rows of a step; by default as suggested by the first batches"
+    )
     parser.add_argument("--fixed", action="store_true", help="never grow")
-    parser.add_argument("--learning-rate", type=float, default=0.02)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.number("--learning-rate", 0.02, "of Adam", low=0)
+    parser.number("--seed", 0, "of what is drawn", low=0)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
     options = parser.parse_args(argv)
-    names = ("batches", "report", "micro_batches", "batch_size", "rows", "dim")
-    wrong = [name for name in names if getattr(options, name) < 1]
-    if wrong:
-        print(f"overnight: {wrong[0]} must be positive", file=sys.stderr)
-        raise SystemExit(2)
-    train(options)
+    return parser.run(lambda: train(options))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -155,6 +155,7 @@ def _on_mesh(grad: IndexedSlices, state: AccumulatorState) -> IndexedSlices:
 
 
 @jax.jit
+@jax.named_scope("jaxaccum.apply")
 def apply_all(
     states: list[AccumulatorState],
     grads: list[IndexedSlices],

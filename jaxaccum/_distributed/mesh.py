@@ -50,6 +50,8 @@ def replicate(state: AccumulatorState, mesh: Mesh, axis_name: AxisName) -> Accum
       >>> states = jaxaccum.replicate(jaxaccum.init((100, 2), capacity=8), mesh, "data")
       >>> states.values.shape[1:]
       (8, 2)
+
+    Source: ``flax.jax_utils.replicate``, for a mesh.
     """
     num_devices = _count_devices(mesh, axis_name)
     _check_alike(
@@ -113,6 +115,8 @@ def shard_init(
       >>> shape = (jax.device_count() * 100, 2)
       >>> jaxaccum.shard_init(shape, mesh, "rows", capacity=8).dense_shape
       (100, 2)
+
+    Source: of this package.
     """
     rows, *row = canonical_shape(dense_shape)
     if rows is None:
@@ -158,6 +162,8 @@ def shard_rows(
       >>> table = jaxaccum.shard_rows(table, mesh, "rows", tables=True)
       >>> table.addressable_shards[0].data.shape
       (4, 2)
+
+    Source: ``jax.device_put`` with a ``jax.sharding.NamedSharding`` for each leaf.
     """
     specs = shard_specs(tree, axis_name, tables=tables, params=params)
     _count_devices(mesh, axis_name)
@@ -212,6 +218,8 @@ def shard_specs(
       >>> state = optax.trace(0.9).init(params)
       >>> jaxaccum.shard_specs(state, "rows", tables=tables, params=params).trace
       {'rates': P(), 'table': P('rows',)}
+
+    Source: the ``in_specs`` of ``jax.shard_map``.
     """
     owners = _find_owners(tree if params is None else params, tables)
 
@@ -259,6 +267,8 @@ def drop_device_axis(fun: Callable[..., Result]) -> Callable[..., Result]:
       >>> states = add(states, jnp.arange(2 * jax.device_count()))
       >>> states.num_rows[-1]
       Array(2, dtype=int32)
+
+    Source: of this package; what `jax.pmap` does by itself.
     """
 
     def drop(node: PyTree) -> PyTree:

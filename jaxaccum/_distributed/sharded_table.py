@@ -79,6 +79,8 @@ def all_apply(
       >>> count, verdict = jax.pmap(step, axis_name="rows")(jnp.tile(jnp.array([7, 3]), (n, 1)))
       >>> count[0] == n
       Array(True, dtype=bool)
+
+    Source: the row-wise sharding of TorchRec, whose devices exchange rows by an all-to-all.
     """
     num_devices = axis_size(axis_name)
     shard_length = _get_length(state)
@@ -149,6 +151,8 @@ def all_lookup(
       ...                 axis_name="rows")
       >>> find(table, jnp.full((len(table), 1), 3))[-1]
       Array([[6., 7.]], dtype=float32)
+
+    Source: the row-wise sharding of TorchRec, whose devices exchange rows by an all-to-all.
     """
     num_devices = axis_size(axis_name)
     rows = shard.shape[0] * num_devices
@@ -237,6 +241,7 @@ def _route_distinct(route_ids: _Router, ids: jax.Array) -> _Route:
     return route._replace(position=position)
 
 
+@jax.named_scope("jaxaccum.exchange")
 def _deliver(route: _Route, x: jax.Array, fill: int, axis_name: AxisName) -> jax.Array:
     """What all devices send here of their ``x [b, ...]``: ``[n, k, ...]``."""
     if x.shape[0] == 0:  # nothing to gather from an empty array

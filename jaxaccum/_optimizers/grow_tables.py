@@ -49,6 +49,9 @@ def grow_tables(
       >>> table, state = jaxaccum.grow_tables(larger, table, tx.init(table), jnp.ones((1, 2)))
       >>> table.shape, state.sums.values.shape, state.inner_state[0].mu.shape
       ((5, 2), (6, 2), (5, 2))
+
+    Source: the dynamic vocabularies of recommenders, such as TensorFlow Recommenders Addons'
+    ``dynamic_embedding``.
     """
     params = _append(params, rows)
     return params, _move(state, tx.init(params))

@@ -21,14 +21,16 @@ from jaxaccum._accumulator.state import (
     as_capacity,
     as_int32,
     as_max_staleness,
+    counts_by_name,
     new_histogram,
+    verdict_name,
     weight_dtype,
 )
 from jaxaccum._distributed.exchange import AxisName
 from jaxaccum._optimizers.lazy_rows import flatten_like
 from jaxaccum._optimizers.suggest_capacity import add_margin
 from jaxaccum._rows.on_mesh import match_rows
-from jaxaccum._rows.public import public, pytree
+from jaxaccum._rows.public import one_line, public, pytree
 from jaxaccum._rows.row_arithmetic import sum_dtype
 from jaxaccum._rows.tables import select_tables
 from jaxaccum._rows.tree import PyTree
@@ -97,6 +99,8 @@ class MicroBatchState:
       >>> state = tx.init(jnp.zeros((4, 1)))
       >>> state.sums.values.shape, state.num_accumulated
       ((3, 1), Array(0, dtype=int32))
+
+    Source: ``optax.MultiStepsState``, with rows for tables.
     """
 
     sums: PyTree
@@ -111,6 +115,9 @@ class MicroBatchState:
     verdict_counts: jax.Array
     total_weight: jax.Array | None = None
     staleness_counts: jax.Array | None = None
+
+    def __repr__(self) -> str:
+        return one_line(self, verdict=verdict_name, verdict_counts=counts_by_name)
 
     def map_own(self, fun: Callable[[Any], Any]) -> MicroBatchState:
         """Applies ``fun`` to the leaves that each device has of its own, given an ``axis_name``.

@@ -56,6 +56,8 @@ def suggest_capacity(
       >>> capacity = jaxaccum.suggest_capacity(ids, num_required=4)
       >>> 700 < capacity < 1100
       True
+
+    Source: of this package.
     """
     num_required = operator.index(num_required)
     if num_required < 1:
