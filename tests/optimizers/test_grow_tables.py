@@ -73,13 +73,15 @@ def test_it_goes_on_as_if_the_rows_had_always_been_there(kind):
     """In the middle of a step: two gradients are held when the tables grow."""
     whole = jax.tree.map(jnp.asarray, start())
     larger = make(kind, 20)
-    expected = run(larger, whole, larger.init(whole), NEW, range(LENGTH))
+    halfway = run(larger, whole, larger.init(whole), NEW, range(GROWN))
+    expected = run(larger, *halfway, NEW, range(GROWN, LENGTH))
 
     params = {name: whole[name][: OLD.get(name)] for name in whole}
     tx = make(kind, 17)
     params, state = run(tx, params, tx.init(params), OLD, range(GROWN))
     added = {"bias": None, "items": whole["items"][12:], "users": None}
     params, state = jaxaccum.grow_tables(larger, params, state, added)
+    jax.tree.map(np.testing.assert_array_equal, (params, state), halfway)
     actual = run(larger, params, state, NEW, range(GROWN, LENGTH))
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
