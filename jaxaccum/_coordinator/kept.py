@@ -46,7 +46,7 @@ class Kept:
         self._sharding = placement.gradients
         self._read = read
         self._make_sums = functools.partial(DeviceState, spec, capacities, placement, read)
-        # Sums that nobody is using; a taker that dies with one never brings it back.
+        # Sums that nobody is using, with what a taker left in them who was interrupted.
         self._idle = [self._make_sums()]
         self._kept: list[tuple[HostGradient, int]] = []
 
@@ -90,13 +90,17 @@ class Kept:
             sums = idle.pop()
         except IndexError:
             sums = self._make_sums()
-        for gradient, staleness in taken.arrays:
-            while (compile_ahead := sums.prepare(gradient, will_take=False)) is not None:
-                compile_ahead()
-            sums.add(gradient, staleness)
         outcome: list[Any] = [None]
-        sums.take(outcome, 1)
-        idle.append(sums)
+        try:
+            sums.discard()
+            for gradient, staleness in taken.arrays:
+                while (compile_ahead := sums.prepare(gradient, will_take=False)) is not None:
+                    compile_ahead()
+                sums.add(gradient, staleness)
+            sums.take(outcome, 1)
+        finally:
+            if not sums.is_lost():
+                idle.append(sums)
         return sums.deliver(outcome[0], trim=trim)
 
     def statistics(self) -> dict[str, Any]:
