@@ -358,8 +358,11 @@ class ParameterServerCoordinator:
         self._is_open.set()
 
     def _note(self, what: str, value: str | int) -> None:
-        if self._folder is not None:
-            self._folder.note(what, value)
+        try:
+            if self._folder is not None:
+                self._folder.note(what, value)
+        except OSError as error:  # a full disk: what is lost will be told too low
+            logger.error("%s: its journal is not written: %s", self._plan.name, error)
 
     def _spawn(self, work: Leaf) -> None:
         """Runs it beside what comes next, and holds it: the event loop does not."""

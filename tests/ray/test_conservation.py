@@ -121,6 +121,45 @@ def conserve(ray, folder, seed, num_workers, each, num_kills):
         run.server.close()
 
 
+def test_all_shards_go_back_together_and_tell_what_is_lost(cluster, tmp_path):
+    """Gradient by gradient: those of the checkpoint, those that waited in it, those after it."""
+    server = jaxaccum.ray.ParameterServer(
+        given.params(10), given.optimizer(), tables=given.TABLES, reduction="sum", num_shards=2,
+        num_required=2, checkpoint_dir=tmp_path, checkpoint_every=1000, timeout=SECONDS,
+    )  # fmt: skip
+
+    def push(*numbers):
+        for number in numbers:
+            step = server.statistics()["global_step"]
+            answer = server.push(given.gradient(number, 10), step, key=str(number))
+            assert answer.verdict == jaxaccum.Verdict.ACCEPTED
+
+    def check(in_steps, lost):
+        values, _ = server.pull(given.ALL, at_least=server.statistics()["global_step"])
+        expected = np.zeros(10)
+        for step, numbers in enumerate(in_steps):
+            expected[list(numbers)] = step + 1
+        np.testing.assert_array_equal(values["bias"], expected)
+        given.check_conservation(values, {}, lost)
+        assert sorted(server.lost()) == lost
+
+    push(0, 1, 2, 3, 4)  # the last one waits
+    assert server.checkpoint() == 2
+    push(5, 6)
+    check([(0, 1), (2, 3), (4, 5)], lost=[])
+    kill(server.statistics()["shards"][1]["pid"])
+    check([(0, 1), (2, 3)], lost=["5", "6"])
+    push(7, 8, 6)  # whoever pushed 6 has not been answered, and repeats it
+    check([(0, 1), (2, 3), (4, 7), (8, 6)], lost=["5"])
+    server.checkpoint()
+    push(9)
+    kill(server.statistics()["pid"])
+    check([(0, 1), (2, 3), (4, 7), (8, 6)], lost=["5", "9"])
+    statistics = server.statistics()
+    assert (statistics["num_steps"], statistics["accepted"], statistics["restarts"]) == (4, 8, 2)
+    server.close()
+
+
 @pytest.mark.parametrize("seed", range(2))
 def test_nothing_is_torn_whoever_dies(cluster, tmp_path, seed):
     conserve(cluster, tmp_path, seed, num_workers=4, each=12, num_kills=4)
