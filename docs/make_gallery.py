@@ -35,10 +35,11 @@ def main(names: list[str]) -> None:
             done = subprocess.run(
                 [sys.executable, EXAMPLES / script, *options],
                 cwd=scratch, stdout=subprocess.PIPE, text=True, check=True,
-                env={**os.environ, "COLUMNS": "100", "PYTHONPATH": str(EXAMPLES.parent)},
+                env={**os.environ, "COLUMNS": "86", "PYTHONPATH": str(EXAMPLES.parent)},
             )  # fmt: skip
             # Of a bar that is drawn over and over the last line is what stays.
             lines = [re.sub(r".*\r", "", line).rstrip() for line in done.stdout.splitlines()]
+            lines = [line for line in lines if not line.startswith("[Gloo]")]  # C++ talking
             shown = "\n".join([f"$ python examples/{COMMANDS[name]}", *lines]).rstrip()
             (FOLDER / f"{name}.txt").write_text(shown + "\n")
             for plot in pathlib.Path(scratch).glob("*.svg"):

@@ -302,6 +302,7 @@ def plot(path: pathlib.Path, run: Run) -> None:
     right.set(ylabel="filtered MRR of 250 validation triples", ylim=(0, 1))
     figure.legend(loc="outside lower center", ncols=2)
     running.readable_ticks(left.yaxis)
+    left.xaxis.get_major_locator().set_params(integer=True)
     running.save_plot(figure, path)
 
 

@@ -32,6 +32,7 @@ def coordinator(rows: int | None, ids: int, columns: int, applies: int, threads:
     dealt = {"given": len(raw), "applies": applies, "threads": threads}
     steps = {
         "jaxaccum": jax_step(by_threads(*accumulator(rows, raw), **dealt)),
+        "jaxaccum, tree of one": jax_step(by_threads(*tree_of_one(rows, raw), **dealt)),
         **peer_steps(
             "tensorflow",
             "coordinator",
@@ -75,3 +76,19 @@ def accumulator(
         held.apply_grad(*given[k], local_step=FUTURE)
 
     return apply, lambda: held.take_indexed_slices_grad(1)
+
+
+def tree_of_one(
+    rows: int | None, given: list[workloads.Gradient]
+) -> tuple[Callable[[int], None], Callable[[], Any]]:
+    """The same table as the only leaf of a `TreeAccumulator`."""
+    grads = [
+        {"table": jaxaccum.IndexedSlices(ids, values, (rows, values.shape[1]))}
+        for ids, values in given
+    ]
+    held = jaxaccum.TreeAccumulator(grads[0], reduction="mean_per_row")
+
+    def apply(k: int) -> None:
+        held.apply_grad(grads[k], FUTURE)
+
+    return apply, lambda: held.take_grad(1, trim=True)

@@ -24,7 +24,17 @@ were accepted, or nothing."""
 
 @public
 class Verdict(enum.IntEnum):
-    """What became of a gradient. Compare with ``==``; inside ``jit`` it is an int32 scalar."""
+    """What became of a gradient. Compare with ``==``; inside ``jit`` it is an int32 scalar.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum
+      >>> grad = jaxaccum.IndexedSlices(jnp.array([-1]), jnp.ones((1, 1)), (9, 1))
+      >>> _, verdict = jaxaccum.apply(jaxaccum.init((9, 1), capacity=3), grad)
+      >>> verdict == jaxaccum.Verdict.INVALID, jaxaccum.Verdict(verdict).name
+      (Array(True, dtype=bool), 'INVALID')
+
+    Source: of this package; TensorFlow drops what is stale without a word.
+    """
 
     ACCEPTED = 0
     """Added to the accumulator."""
@@ -38,6 +48,11 @@ class Verdict(enum.IntEnum):
     """Its values are not wanted: nothing was added. Only where `accumulate` is told to skip."""
 
     __str__ = enum.Enum.__str__  # the name; by itself an IntEnum prints the number
+
+    @classmethod
+    def _missing_(cls, value: object) -> Verdict | None:
+        # What functions return: an int32 scalar, which no member is found by.
+        return cls(int(value)) if isinstance(value, jax.Array) and value.ndim == 0 else None
 
 
 def verdict_name(verdict: np.ndarray) -> str:
@@ -104,6 +119,13 @@ class AccumulatorState:
       dense_shape: shape of the whole gradient, ``(rows or None, *row)``. Static.
       dtype: of the gradients that come in and go out. Static.
       reduction: ``"mean_per_row"``, ``"mean_per_gradient"`` or ``"sum"``. Static.
+
+    Example:
+      >>> import jaxaccum
+      >>> jaxaccum.init((1_000_000, 64), capacity=4096).values.shape
+      (4096, 64)
+
+    Source: TensorFlow's ``ConditionalAccumulator``, which keeps such a state in a resource.
     """
 
     indices: jax.Array = dataclasses.field(repr=False)

@@ -60,6 +60,8 @@ class CatchUpState(NamedTuple):
       >>> updates, state = tx.update(grad, tx.init(table), table)
       >>> state.num_steps, state.last_step
       (Array(1, dtype=int32), Array([0, 0, 1, 0], dtype=int32))
+
+    Source: as of `lazy_rows`.
     """
 
     inner_state: PyTree

@@ -95,6 +95,10 @@ def lazy_rows(
       >>> updates, state = tx.update({"table": grad, "bias": jnp.ones(1)}, state, params)
       >>> jaxaccum.apply_updates(params, updates)["table"].ravel()
       Array([1., 1., 0., 1.], dtype=float32)
+
+    Source: ``LazyAdam`` of TensorFlow Addons and ``torch.optim.SparseAdam``, for any transform;
+    catching up, Carpenter, "Lazy Sparse Stochastic Gradient Descent for Regularized Multinomial
+    Logistic Regression" (2008).
     """
     optax = import_optax("lazy_rows")
     inner = optax.with_extra_args_support(tx)

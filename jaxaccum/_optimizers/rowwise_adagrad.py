@@ -31,6 +31,8 @@ class RowwiseAdagradState(NamedTuple):
       >>> import jax.numpy as jnp, jaxaccum
       >>> jaxaccum.rowwise_adagrad(0.1, initial_accumulator_value=0.5).init(jnp.zeros((3, 2)))[0]
       RowwiseAdagradState(sum_of_squares=[0.5, 0.5, 0.5])
+
+    Source: as of `rowwise_adagrad`.
     """
 
     sum_of_squares: PyTree
@@ -52,6 +54,8 @@ class StochasticRoundingState(NamedTuple):
       >>> tx = jaxaccum.rowwise_adagrad(0.1, stochastic_rounding=True)
       >>> tx.init(jnp.zeros((3, 2), jnp.bfloat16))[2]
       StochasticRoundingState(num_steps=0)
+
+    Source: as of `rowwise_adagrad`.
     """
 
     num_steps: jax.Array

@@ -27,7 +27,6 @@ class IndexedSlices:
 
     Indices may come unsorted and repeated; repetitions mean their sum. An index one past the end
     is padding: its values are ignored, so that gradients of one fixed size can carry fewer rows.
-    After TensorFlow's ``IndexedSlices``, with the padding of ``jax.experimental.sparse.BCOO``.
 
     Gradients add up by ``a + b``, which puts their slices one after the other, and scale by
     ``2 * a``, ``a / 8`` and ``-a``. ``table + a`` and ``table - a`` are the table with the rows
@@ -57,6 +56,8 @@ class IndexedSlices:
       Array([2., 0., 4., 0.], dtype=float32)
       >>> (jnp.ones((4, 1)) - 0.5 * grad).ravel()
       Array([ 0.,  1., -1.,  1.], dtype=float32)
+
+    Source: ``tf.IndexedSlices``; padding, ``jax.experimental.sparse.BCOO``.
     """
 
     indices: jax.Array

@@ -13,7 +13,7 @@ import jaxaccum
 
 
 def gradient(ids):
-    return jaxaccum.IndexedSlices(jnp.asarray(ids), jnp.ones((len(ids), 2)), (100, 2))
+    return jaxaccum.IndexedSlices(jnp.asarray(ids), jnp.ones((len(ids), 2), jnp.float32), (100, 2))
 
 
 def test_the_version_is_that_of_the_installed_package():
@@ -69,6 +69,8 @@ def test_what_is_traced_batched_or_abstract_is_printed_too(count):
 def test_verdicts_are_printed_and_found_by_name():
     _, verdict = jaxaccum.apply(jaxaccum.init((100, 2), capacity=8), gradient([-1]))
     assert str(jaxaccum.Verdict(verdict)) == f"{jaxaccum.Verdict.INVALID}" == "Verdict.INVALID"
+    with pytest.raises(ValueError, match="not a valid Verdict"):
+        jaxaccum.Verdict(jnp.int32(7))
 
 
 def test_leaves_of_states_have_names_in_checkpoints():
@@ -101,7 +103,7 @@ def scopes_of(function, *args):
 @pytest.mark.parametrize("known", [True, False])
 def test_a_profiler_shows_the_parts_of_the_accumulator(known):
     state = jaxaccum.init((100 if known else None, 2), capacity=8)
-    grad = jaxaccum.IndexedSlices(jnp.arange(4), jnp.ones((4, 2)), state.dense_shape)
+    grad = jaxaccum.IndexedSlices(jnp.arange(4), jnp.ones((4, 2), jnp.float32), state.dense_shape)
     assert scopes_of(jaxaccum.apply, state, grad) == {"apply", "claim"}
     assert scopes_of(jaxaccum.take, state) == {"take"}
     assert scopes_of(jaxaccum.merge, state, state) == {"merge", "claim"}
