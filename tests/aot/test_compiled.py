@@ -77,8 +77,8 @@ def test_one_device(target, path, columns, dtype, known):
         assert program.opcodes["while"] <= loops + again + probes
 
 
-# Of a gradient as it comes rows may repeat. A lazy step has its rows once each, and ends with adding
-# them to the table, as `apply_updates` adds any.
+# Of a gradient as it comes rows may repeat. A lazy step has its rows once each, and ends by adding
+# them to the table as `apply_updates` adds any.
 UNORDERED = {
     "apply": 1,
     "lazy_adam": 1,
