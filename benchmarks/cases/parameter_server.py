@@ -60,8 +60,9 @@ def start_ray() -> None:
 @contextlib.contextmanager
 def on_ray(ids: int, workers: int, rows: int, pushes: int) -> Iterator[dict[str, Step]]:
     """What workers on Ray push to, by line: a step has all of them push so often."""
-    import jaxaccum.ray
     import ray
+
+    import jaxaccum.ray
 
     start_ray()
     like = np.zeros((rows, workloads.WIDTH), np.float32)
