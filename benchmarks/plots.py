@@ -26,6 +26,7 @@ STYLES = {
     "server, 2 shards": (INK, (0, (1, 1)), "s"),
     "Ray alone": (FAINT, (0, (1, 2)), "."),
     "lazy_rows": OURS,
+    "jaxaccum, tree of one": (INK, (0, (4, 2)), "D"),
     "with catch_up": (INK, (0, (1, 1)), "D"),
     "lazy_rows, catch_up": (INK, (0, (4, 2)), "D"),
     "jaxaccum, unknown rows": (INK, (0, (4, 2)), "D"),

@@ -34,7 +34,7 @@ A_STEP, SECONDS = 8, 120
 )
 def parameter_server(ids: int, workers: int, rows: int = 1_000_000) -> Figures:
     """A gradient of 4,096 or 65,536 rows of 64 floats pushed by processes, by their number."""
-    pushes = 4 if HASTE.quick else max(8, 400_000 // ids)
+    pushes = 4 if HASTE.quick else max(8, 200_000 // ids)
     setting = {"ids": ids, "workers": workers, "rows": rows, "pushes": pushes}
     with on_ray(**setting) as ours:
         steps = ours | dict(peer_steps("tensorflow", "parameter_server", **setting))
