@@ -247,7 +247,8 @@ class ParameterServerCoordinator:
         except import_ray().exceptions.RayActorError as error:
             await self._roll_back(epoch, error)
         except Exception as error:  # the optimizer's own, which another try would not mend
-            self._fail(f"step {step} failed: {type(error).__name__}: {error}")
+            cause = cause_of(error)
+            self._fail(f"step {step} failed: {type(cause).__name__}: {first_line(cause)}")
         else:
             logger.info(
                 "%s: step %d of %d gradients in %.3f s; %d accepted, %d stale, %d lost so far",
