@@ -119,13 +119,17 @@ class HeldRows(NamedTuple):
     counts: jax.Array
 
 
+# One less than the number that is no row.
+_MOST_ROWS = NOWHERE - 1
+
+
 def pool_tables(
     lengths: list[int], capacities: list[int], counts_dtype: np.dtype
 ) -> tuple[PooledRows, ...]:
     """Returns the empty pools of tables: one, unless their rows are more than int32 can number."""
     pools = list[list[int]]()
     for table, length in enumerate(lengths):
-        if not pools or sum(lengths[t] for t in pools[-1]) + length >= NOWHERE:
+        if not pools or sum(lengths[t] for t in pools[-1]) + length > _MOST_ROWS:
             pools.append([])
         pools[-1].append(table)
     return tuple(
