@@ -1,8 +1,9 @@
 """Trains embeddings of WordNet with worker threads that need not wait for each other.
 
-Workers compute gradients of the tables as they last saw them and hand them to two accumulators, one
-a table. The chief takes the mean as soon as enough are there, updates the rows touched and
-publishes new tables. A gradient more than --staleness updates old is dropped and counted.
+Workers compute gradients of the tables as they last saw them and hand them to one accumulator,
+which takes a gradient of both tables or of none. The chief takes the mean as soon as enough are
+there, updates the rows touched and publishes new tables. A gradient more than --staleness updates
+old is dropped and counted.
 
 With --staleness 0 that is synchronous training. --backup starts more workers than the chief waits
 for, so that a slow one holds up nobody: its gradients come too late and are dropped (Chen et al.
@@ -88,14 +89,9 @@ class Worker(threading.Thread):
             run.fail(error)
 
     def _hand_over(self, grads: model.Tables, step: int) -> None:
-        # As if computed at the last update at which it may still be used.
-        last = step + self._run.args.staleness
-        fates = [
-            acc.apply_indexed_slices_grad(grad, local_step=last)
-            for acc, grad in zip(self._run.accumulators, grads, strict=True)
-        ]
-        self.accepted += all(fates)
-        self.stale += not all(fates)
+        verdict, _ = self._run.accumulator.apply_grad(grads, step, worker=self.name)
+        self.accepted += verdict == jaxaccum.Verdict.ACCEPTED
+        self.stale += verdict == jaxaccum.Verdict.STALE
 
 
 class Training:
@@ -107,11 +103,8 @@ class Training:
         self.params = model.init_params(jax.random.key(args.seed), graph, args.dims)
         self.squares = jax.tree.map(jnp.zeros_like, self.params)
         self.published = Published(self.params)
-        self.accumulators = jax.tree.map(
-            lambda table: jaxaccum.SparseConditionalAccumulator(
-                table.dtype, table.shape, reduction_type="MEAN_PER_GRADIENT"
-            ),
-            self.params,
+        self.accumulator = jaxaccum.TreeAccumulator(
+            self.params, tables=True, max_staleness=args.staleness
         )
         self.workers = [Worker(number, self) for number in range(args.workers + args.backup)]
         self.step, self.error = 0, None
@@ -124,8 +117,7 @@ class Training:
     def close(self) -> None:
         """Stops the workers, and whoever waits for them."""
         self.published.end()
-        for acc in self.accumulators:
-            acc.close()
+        self.accumulator.close()
 
     def run(self, console: Console) -> None:
         """Trains, with a live table of what the workers do."""
@@ -147,12 +139,10 @@ class Training:
             raise SystemExit(f"a worker failed: {self.error!r}") from self.error
 
     def update(self) -> None:
-        """Takes both gradients, updates the rows touched, publishes."""
-        taken = [
-            acc.take_indexed_slices_grad(self.args.workers, trim=False) for acc in self.accumulators
-        ]
+        """Takes the mean gradient, updates the rows touched, publishes."""
+        mean = self.accumulator.take_grad(self.args.workers)
         self.params, self.squares = adagrad(
-            self.params, self.squares, model.Tables(*taken), self.args.learning_rate
+            self.params, self.squares, mean, self.args.learning_rate
         )
         self.step += 1
         self.published.put(self.params, self.step)

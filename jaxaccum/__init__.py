@@ -6,6 +6,7 @@ from jaxaccum._accumulator.merge import grow, merge
 from jaxaccum._accumulator.state import AccumulatorState, Reduction, Verdict, init, set_step
 from jaxaccum._accumulator.take import take
 from jaxaccum._coordinator.errors import CancelledError, DeadlineExceededError, InvalidArgumentError
+from jaxaccum._coordinator.tree_accumulator import Applied, TreeAccumulator
 from jaxaccum._distributed.all_merge import all_merge, all_take
 from jaxaccum._distributed.all_sum import all_sum
 from jaxaccum._distributed.mesh import (
@@ -20,6 +21,7 @@ from jaxaccum._optimizers.accumulate import accumulate
 from jaxaccum._optimizers.apply_updates import apply_updates, count_invalid
 from jaxaccum._optimizers.catch_up import CatchUpState
 from jaxaccum._optimizers.freeze_rows import freeze_rows
+from jaxaccum._optimizers.grow_tables import grow_tables
 from jaxaccum._optimizers.lazy_rows import lazy_rows
 from jaxaccum._optimizers.micro_batch_state import MicroBatchState
 from jaxaccum._optimizers.rowwise_adagrad import (
@@ -37,13 +39,16 @@ from jaxaccum._sparse_grad.value_and_sparse_grad import value_and_sparse_grad
 from jaxaccum._sparse_ops.ops import sparse_add, sparse_add_jvp, sparse_slice, sparse_slice_jvp
 from jaxaccum._sparse_ops.raw_grads import sparse_add_grad, sparse_slice_grad
 from jaxaccum._tensorflow.conditional_accumulator import SparseConditionalAccumulator
+from jaxaccum._tensorflow.dense_accumulator import ConditionalAccumulator
 from jaxaccum._tensorflow.sparse_gradient import SparseGradient
 
 __version__ = "0.1.0"
 __all__ = [
     "AccumulatorState",
+    "Applied",
     "CancelledError",
     "CatchUpState",
+    "ConditionalAccumulator",
     "DeadlineExceededError",
     "IndexedSlices",
     "InvalidArgumentError",
@@ -53,6 +58,7 @@ __all__ = [
     "SparseConditionalAccumulator",
     "SparseGradient",
     "StochasticRoundingState",
+    "TreeAccumulator",
     "Verdict",
     "accumulate",
     "all_apply",
@@ -68,6 +74,7 @@ __all__ = [
     "freeze_rows",
     "global_norm",
     "grow",
+    "grow_tables",
     "init",
     "lazy_rows",
     "map_values",

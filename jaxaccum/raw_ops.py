@@ -158,9 +158,10 @@ def SparseAccumulatorTakeGradient(
     Source: TensorFlow's ``tf.raw_ops.SparseAccumulatorTakeGradient``.
     """
     core = _core(handle)
-    if jnp.dtype(getattr(dtype, "as_numpy_dtype", dtype)) != core.spec.dtype:
-        raise InvalidArgumentError(f"dtype must be {core.spec.dtype} as the handle's, got {dtype}")
-    return as_tuple(core.take(num_required, None, trim=True))
+    expected = core.spec.leaves[0].dtype
+    if jnp.dtype(getattr(dtype, "as_numpy_dtype", dtype)) != expected:
+        raise InvalidArgumentError(f"dtype must be {expected} as the handle's, got {dtype}")
+    return as_tuple(core.take(num_required, None, trim=True)[0][0])
 
 
 def AccumulatorNumAccumulated(*, handle: _Handle, name: str | None = None) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
-import jax
 import numpy as np
 
 
@@ -15,18 +15,41 @@ class Counts:
     """What the host knows without asking the device; Python numbers, which have no end.
 
     Attributes:
-      global_step: gradients of an earlier step are stale.
-      num_accumulated: gradients added since the last take.
-      accepted, stale, invalid, taken: gradients added, dropped and refused, and takes, since the
-        beginning. Whoever holds the lock counts the stale and the invalid.
+      global_step: what the staleness of a gradient is counted from.
+      num_accumulated: gradients added since the last take, but for those carried over.
+      accepted, carried, stale, invalid, taken: gradients added, those of them carried over, dropped
+        and refused; and takes, since the beginning. Whoever holds the lock counts the stale and the
+        invalid.
     """
 
     global_step: int = 0
     num_accumulated: int = 0
     accepted: int = 0
+    carried: int = 0
     stale: int = 0
     invalid: int = 0
     taken: int = 0
+
+
+# Gradients of this age and older are counted together.
+OLDEST_AGE = 1000
+
+
+@dataclasses.dataclass(slots=True, eq=False)
+class Tally:
+    """What became of the gradients of one worker."""
+
+    accepted: int = 0
+    stale: int = 0
+    invalid: int = 0
+    ages: collections.defaultdict[int, int] = dataclasses.field(
+        default_factory=lambda: collections.defaultdict(int)
+    )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Returns it as users see it."""
+        counts = {"accepted": self.accepted, "stale": self.stale, "invalid": self.invalid}
+        return counts | {"staleness": dict(sorted(self.ages.items()))}
 
 
 @dataclasses.dataclass(slots=True, eq=False)
@@ -34,12 +57,12 @@ class Taken:
     """What was taken, on its way to a taker.
 
     Attributes:
-      num_accumulated: how many gradients are in it.
+      num_accumulated: how many gradients are in it, but for those carried over.
       arrays: what the device may still be at work on.
     """
 
     num_accumulated: int
-    arrays: tuple[jax.Array, ...] | None = None
+    arrays: Any = None
 
 
 class Accumulated(Protocol):
@@ -53,11 +76,12 @@ class Accumulated(Protocol):
 
     Attributes:
       counts: what is known of it.
-      read: checks a caller's gradient against what never changes, and copies what must be copied.
     """
 
     counts: Counts
-    read: Callable[..., Any]
+
+    def read(self, *gradient: Any) -> Any:
+        """Checks a caller's gradient against what never changes; copies what must be copied."""
 
     def prepare(self, gradient: Any, will_take: bool) -> Callable[[], object] | None:
         """Sees to the capacity for a gradient, if there is one, and checks that it fits.
@@ -67,11 +91,11 @@ class Accumulated(Protocol):
           be called outside the lock before asking again; ``None`` if nothing has.
         """
 
-    def add(self, gradient: Any) -> None:
-        """Adds a gradient that `prepare` has just agreed to."""
+    def add(self, gradient: Any, staleness: int) -> None:
+        """Adds a gradient that `prepare` has just agreed to, so many steps old."""
 
-    def take(self, outcome: list[Any]) -> None:
-        """Puts all there is into ``outcome[0]``, as a `Taken`; one step is over."""
+    def take(self, outcome: list[Any], num_required: int) -> None:
+        """Puts what one step uses into ``outcome[0]``, as a `Taken`; the step is over."""
 
     def deliver(self, taken: Taken, *, trim: bool) -> Any:
         """Returns what the taker's caller gets; it may wait for the device."""

@@ -12,9 +12,9 @@ import numpy as np
 from jaxaccum._coordinator.errors import InvalidArgumentError
 
 
-def as_text(shape: Iterable[int]) -> str:
+def as_text(shape: Iterable[int | None]) -> str:
     """Returns ``shape`` as TensorFlow prints it."""
-    return f"[{','.join(map(str, shape))}]"
+    return f"[{','.join('?' if d is None else str(d) for d in shape)}]"
 
 
 def as_step(value: Any, name: str) -> int:

@@ -18,16 +18,16 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
-from jaxaccum._coordinator.accumulated import Accumulated, Taken
+from jaxaccum._coordinator.accumulated import OLDEST_AGE, Accumulated, Taken, Tally
 from jaxaccum._coordinator.arguments import as_required, as_step, as_timeout
 from jaxaccum._coordinator.errors import CancelledError, DeadlineExceededError, InvalidArgumentError
-from jaxaccum._coordinator.placement import outside_jit
-from jaxaccum._coordinator.spec import Spec
+from jaxaccum._coordinator.placement import is_at_home, outside_jit
+from jaxaccum._coordinator.spec import TreeSpec
 
 logger = logging.getLogger("jaxaccum")
 _Result = TypeVar("_Result")
@@ -62,12 +62,17 @@ class Coordinator:
       accumulated: what is guarded.
     """
 
-    def __init__(self, spec: Spec, name: str, accumulated: Accumulated) -> None:
+    def __init__(self, spec: TreeSpec, name: str, accumulated: Accumulated) -> None:
         self.spec = spec
         self.is_closed = False
         self._name = name
         self._accumulated = accumulated
         self._counts = accumulated.counts
+        self._policy = spec.policy
+        self._oldest = spec.policy.oldest
+        # Of all workers, and of those that have named themselves.
+        self._ages: collections.defaultdict[int, int] = collections.defaultdict(int)
+        self._workers: collections.defaultdict[Hashable, Tally] = collections.defaultdict(Tally)
         # Reentrant, so that a signal handler need not wait for its own thread; see `_locked`.
         self._lock = threading.RLock()
         self._is_busy = False
@@ -83,19 +88,23 @@ class Coordinator:
             "elsewhere make a new one and load what state_dict() returns"
         )
 
-    def apply(self, local_step: Any, *gradient: Any) -> bool:
+    def apply(self, local_step: Any, *gradient: Any, worker: Hashable = None) -> bool:
         """Adds a gradient; returns whether it was accepted rather than stale."""
         local_step, read = as_step(local_step, "local_step"), None
         try:
-            if local_step >= self._counts.global_step:  # else it is stale, and not looked at
+            # Else it is stale, and not looked at.
+            if self._counts.global_step - local_step <= self._oldest:
                 # Outside the lock, for it may copy much. It reads nothing that changes.
                 read = self._accumulated.read(*gradient)
-            while callable(outcome := self._locked(self._add, read, local_step)):
+            locked = self._alone if is_at_home() else self._locked  # the same, in less time
+            while callable(outcome := locked(self._add, read, local_step, worker)):
                 outcome()
             return outcome
         except InvalidArgumentError:
             with self._lock:
                 self._counts.invalid += 1
+                if worker is not None:
+                    self._workers[worker].invalid += 1
             raise
 
     def take(self, num_required: Any, timeout: float | None, *, trim: bool) -> Any:
@@ -135,6 +144,11 @@ class Coordinator:
             self._locked(self._forget, waiter, even_closed=True)
             raise
 
+    @property
+    def global_step(self) -> int:
+        """The step there is now."""
+        return self._counts.global_step
+
     def num_accumulated(self) -> int:
         """Returns how many gradients were accepted since the last take."""
         return self._locked(lambda: self._counts.num_accumulated)
@@ -161,7 +175,10 @@ class Coordinator:
 
         def count() -> dict[str, Any]:
             waiting = {"waiting": len(self._queue), "unclaimed": len(self._unclaimed)}
-            return dataclasses.asdict(self._counts) | waiting | self._accumulated.statistics()
+            ages = {"staleness": dict(sorted(self._ages.items()))}
+            workers = {"workers": {name: tally.as_dict() for name, tally in self._workers.items()}}
+            counts = dataclasses.asdict(self._counts) | waiting | ages | workers
+            return counts | self._accumulated.statistics()
 
         return self._locked(count)
 
@@ -198,6 +215,10 @@ class Coordinator:
     def _locked(
         self, act: Callable[..., _Result], *args: Any, even_closed: bool = False
     ) -> _Result:
+        """Calls ``act`` under the lock, whatever mesh the caller has set; refuses to be traced."""
+        return self._alone(act, *args, even_closed=even_closed)
+
+    def _alone(self, act: Callable[..., _Result], *args: Any, even_closed: bool = False) -> _Result:
         """Calls ``act`` under the lock, alone, and serves whom it has made ready.
 
         Between the lock and ``_is_busy``, and between that and what is done last, nothing is
@@ -214,7 +235,7 @@ class Coordinator:
             self._is_busy = True
             try:
                 try:
-                    if not even_closed:
+                    if self.is_closed and not even_closed:
                         self._check_open()
                     return act(*args)
                 except BaseException:
@@ -232,23 +253,45 @@ class Coordinator:
         if self.is_closed:
             raise CancelledError(f"Attempted to use a closed accumulator: {self._name}")
 
-    def _add(self, gradient: Any, local_step: int) -> bool | Callable[[], object]:
+    def _add(self, gradient: Any, local_step: int, worker: Hashable) -> bool | Callable[[], object]:
         """Adds a gradient unless it is stale, as ``None`` is.
 
         Returns:
           Whether it was accepted; or what has to be compiled first.
         """
         counts, queue = self._counts, self._queue
-        if gradient is None or local_step < counts.global_step:
-            counts.stale += 1
-            logger.debug("stale gradient: %d < %d", local_step, counts.global_step)
-            return False
-        will_take = bool(queue) and queue[0].num_required <= counts.num_accumulated + 1
+        staleness = counts.global_step - local_step
+        if gradient is None or staleness > self._oldest:
+            return self._refuse(staleness, worker)
+        staleness = staleness if staleness > 0 else 0
+        will_take = False
+        if queue:
+            num_accumulated = counts.num_accumulated + (staleness <= self._policy.max_staleness)
+            will_take = queue[0].num_required <= num_accumulated
         compile_ahead = self._accumulated.prepare(gradient, will_take)
-        if compile_ahead is None:
-            self._accumulated.add(gradient)
-            return True
-        return compile_ahead
+        if compile_ahead is not None:
+            return compile_ahead
+        tally = None if worker is None else self._workers[worker]
+        self._accumulated.add(gradient, staleness)
+        # What follows calls nothing, and is counted together with the rest.
+        age = staleness if staleness < OLDEST_AGE else OLDEST_AGE
+        self._ages[age] += 1
+        if tally is not None:
+            tally.ages[age] += 1
+            tally.accepted += 1
+        return True
+
+    def _refuse(self, staleness: int, worker: Hashable) -> bool:
+        """Counts a stale gradient."""
+        logger.debug("stale gradient: %d steps old", staleness)
+        age = min(staleness, OLDEST_AGE)
+        tally = None if worker is None else self._workers[worker]
+        self._counts.stale += 1
+        self._ages[age] += 1
+        if tally is not None:
+            tally.ages[age] += 1
+            tally.stale += 1
+        return False
 
     def _enqueue(self, waiter: Waiter) -> None:
         """Puts a waiter at the end of the queue, and serves it if its turn has come."""
@@ -278,17 +321,23 @@ class Coordinator:
     def _serve_head(self, head: Waiter) -> bool:
         """Gives ``head`` what nobody claimed, or all there is, if it is enough."""
         unclaimed = self._unclaimed
-        if unclaimed and unclaimed[0].num_accumulated >= head.num_required:
+        if unclaimed and self._suits(unclaimed[0].num_accumulated, head.num_required):
             head.outcome[:] = map(collections.deque.popleft, (unclaimed,))
             return True
         if self._counts.num_accumulated < head.num_required:
             return False
         try:
-            self._accumulated.take(head.outcome)
+            self._accumulated.take(head.outcome, head.num_required)
         except Exception as error:  # out of memory, say: the taker's concern, not the applier's
             head.outcome[0] = error
             self._close_if_lost()
         return True
+
+    def _suits(self, num_accumulated: int, num_required: int) -> bool:
+        """Whether what one taker left is what another wants."""
+        if self._policy.exactly:
+            return num_accumulated == num_required
+        return num_accumulated >= num_required
 
     def _release(self, head: Waiter) -> None:
         """Wakes the head of the queue, which has its outcome, and lets it go."""

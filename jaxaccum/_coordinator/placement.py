@@ -14,10 +14,11 @@ from jax.extend.core import get_opaque_trace_state
 from jax.sharding import Mesh, NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from jaxaccum._accumulator.state import AccumulatorState
-from jaxaccum._coordinator.staging import round_up
+from jaxaccum._coordinator.host_memory import round_up
 
 _partition: Callable[..., PartitionSpec] = PartitionSpec  # jax leaves both untyped
 _trace_state: Callable[[], object] = get_opaque_trace_state
+_get_mesh = jax.sharding.get_abstract_mesh
 _Args = ParamSpec("_Args")
 _Result = TypeVar("_Result")
 
@@ -30,14 +31,20 @@ def outside_jit(function: Callable[_Args, _Result]) -> Callable[_Args, _Result]:
 
     @functools.wraps(function)
     def call(*args: _Args.args, **kwargs: _Args.kwargs) -> _Result:
-        if is_traced():
-            raise RuntimeError("an accumulator lives outside jit: use it in ordinary Python code")
-        if jax.sharding.get_abstract_mesh().empty:
-            return function(*args, **kwargs)
-        with jax.set_mesh(Mesh(np.empty((), object), ())):
-            return function(*args, **kwargs)
+        if not is_at_home():
+            if is_traced():
+                raise RuntimeError("an accumulator lives outside jit: use it in ordinary Python")
+            if not _get_mesh().empty:
+                with jax.set_mesh(Mesh(np.empty((), object), ())):
+                    return function(*args, **kwargs)
+        return function(*args, **kwargs)
 
     return call
+
+
+def is_at_home() -> bool:
+    """Whether nothing is known to be traced, and no mesh is set: then devices may be used."""
+    return _trace_state() in _OUTSIDE and _get_mesh().empty
 
 
 def is_traced() -> bool:
@@ -92,6 +99,10 @@ class Placement:
         """Moves ``state`` where it belongs."""
         placed = jax.device_put(state, self.gradients)
         return dataclasses.replace(placed, values=jax.device_put(state.values, self._values))
+
+    def place_dense(self, total: jax.Array) -> jax.Array:
+        """Moves the sum of a dense leaf where it belongs."""
+        return jax.device_put(total, self.gradients)
 
     def trim(
         self, indices: jax.Array, values: jax.Array, num_rows: int

@@ -1,6 +1,6 @@
-"""What runs on the device for one table, compiled once for states of one structure.
+"""What runs on the device for one tree, compiled once for sums of one structure.
 
-Programs take and return the leaves of a state in a tuple. To return an `AccumulatorState` they
+Programs take and return the leaves of the sums in a tuple. To return an `AccumulatorState` they
 would run its constructor, in Python, where a signal may strike: see `device_state`.
 """
 
@@ -11,67 +11,80 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxaccum._accumulator import merge
-from jaxaccum._accumulator.apply import apply as add_gradient
-from jaxaccum._accumulator.state import AccumulatorState
-from jaxaccum._accumulator.take import take_if
-from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._accumulator.staleness import StalenessWeight, find_weight
+from jaxaccum._accumulator.state import Reduction, weight_dtype
+from jaxaccum._accumulator.tree_sums import Arrays, Sums, add_to_sums, take_sums
 
 Leaves = tuple[jax.Array, ...]
 
 
-class Programs(NamedTuple):
-    """The programs for states of one structure; all but `grow` are given the state for good.
+class Kind(NamedTuple):
+    """What programs depend on.
 
     Attributes:
-      treedef: the structure.
-      apply: adds a gradient.
-      apply_staged: adds several, one after the other.
-      take: takes everything, and returns the first ``size`` of the rows.
-      grow: makes a copy of a larger capacity.
+      treedef: the structure of the `Sums`.
+      reduction: what a take makes of them.
+      dtypes: of the gradients of dense leaves.
+      staleness_weight: what gradients weigh.
     """
 
     treedef: jax.tree_util.PyTreeDef
+    reduction: Reduction
+    dtypes: tuple[np.dtype, ...]
+    staleness_weight: StalenessWeight | None
+
+
+class Programs(NamedTuple):
+    """The programs for one `Kind`; all are given the sums for good.
+
+    Attributes:
+      apply: adds a gradient.
+      apply_staged: adds several, one after the other.
+      take: takes everything, and returns the first rows of each table, so many as are asked for.
+    """
+
     apply: Any
     apply_staged: Any
     take: Any
-    grow: Any
 
 
 @functools.cache
-def make_programs(treedef: jax.tree_util.PyTreeDef) -> Programs:
-    """Returns the programs for states of one structure."""
+def make_programs(kind: Kind) -> Programs:
+    """Returns the programs for one kind of sums."""
 
-    def add(leaves: Leaves, indices: jax.Array, values: jax.Array) -> Leaves:
-        state: AccumulatorState = jax.tree.unflatten(treedef, leaves)
-        gradient = IndexedSlices(indices, values, state.dense_shape)
-        state, _ = add_gradient(state, gradient)
-        return tuple(jax.tree.leaves(state))
+    def apply(
+        leaves: Leaves, indices: Arrays, values: Arrays, dense: Arrays, staleness: jax.Array | None
+    ) -> Leaves:
+        weight = None
+        if staleness is not None:
+            weight = find_weight(kind.staleness_weight, staleness, weight_dtype())
+        sums = add_to_sums(_unflatten(kind, leaves), indices, values, dense, weight)
+        return tuple(jax.tree.leaves(sums))
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def apply_staged(
-        leaves: Leaves, indices: jax.Array, values: jax.Array, num_staged: jax.Array
-    ) -> Leaves:
+    def apply_staged(leaves: Leaves, staged: Any, num_staged: jax.Array) -> Leaves:
         # A gradient more costs the device 1 to 5 us here, 40 us in a dispatch of its own. As one
         # gradient they would be added faster yet, but on a GPU in an order of its own.
         def body(k: jax.Array, leaves: Leaves) -> Leaves:
-            return add(leaves, indices[k], values[k])
+            return apply(leaves, *jax.tree.map(lambda each: each[k], staged))
 
         return jax.lax.fori_loop(jnp.int32(0), num_staged, body, leaves)
 
     @functools.partial(jax.jit, donate_argnums=0, static_argnums=1)
-    def take(leaves: Leaves, size: int) -> tuple[Leaves, Leaves]:
-        state: AccumulatorState = jax.tree.unflatten(treedef, leaves)
-        num_rows = state.num_rows
+    def take(leaves: Leaves, sizes: tuple[int, ...]) -> tuple[Leaves, Any]:
         # The host has counted, in numbers that have no end.
-        state, gradient = take_if(state, jnp.bool_(True))
-        # XLA reads and divides only the rows that are left: their number is bounded by ``size``.
-        taken = (gradient.indices[:size], gradient.values[:size], num_rows)
-        return tuple(jax.tree.leaves(state)), taken
+        sums, taken = take_sums(_unflatten(kind, leaves), kind.reduction, sizes, kind.dtypes)
+        return tuple(jax.tree.leaves(sums)), taken
 
-    @functools.partial(jax.jit, static_argnums=1)
-    def grow(leaves: Leaves, capacity: int) -> Leaves:
-        return tuple(jax.tree.leaves(merge.grow(jax.tree.unflatten(treedef, leaves), capacity)))
+    return Programs(jax.jit(apply, donate_argnums=0), apply_staged, take)
 
-    return Programs(treedef, jax.jit(add, donate_argnums=0), apply_staged, take, grow)
+
+grow = jax.jit(merge.grow, static_argnums=1)
+
+
+def _unflatten(kind: Kind, leaves: Leaves) -> Sums:
+    sums: Sums = jax.tree.unflatten(kind.treedef, leaves)
+    return sums

@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxaccum._accumulator.pooled_rows import PooledRows, RowSums
 from jaxaccum._accumulator.state import AccumulatorState, Reduction, init
 from jaxaccum._distributed.exchange import AxisName, as_names
 from jaxaccum._rows.shapes import canonical_shape
@@ -223,15 +224,16 @@ def shard_specs(
     owners = _find_owners(tree if params is None else params, tables)
 
     def spec(path: KeyPath, leaf: PyTree) -> PyTree:
-        if isinstance(leaf, AccumulatorState):
-            axes = (axis_name,) if leaf.num_rows.ndim else ()
+        if _is_gathered(leaf):
+            by_device = _is_accumulator(leaf) and leaf.num_rows.ndim > 0
+            axes = (axis_name,) if by_device else ()
             return jax.tree.map(lambda _: _make_spec(*axes), leaf)
         starts = (path[start:] for start in range(len(path) + 1))
         rows = next((owners[end] for end in starts if end in owners), None)
         by_row = rows is not None and np.shape(leaf)[:1] == (rows,)
         return _make_spec(axis_name) if by_row else _make_spec()
 
-    return jax.tree_util.tree_map_with_path(spec, tree, is_leaf=_is_accumulator)
+    return jax.tree_util.tree_map_with_path(spec, tree, is_leaf=_is_gathered)
 
 
 def drop_device_axis(fun: Callable[..., Result]) -> Callable[..., Result]:
@@ -303,6 +305,11 @@ def _find_owners(params: PyTree, tables: Tables) -> dict[KeyPath, int | None]:
 
 def _is_accumulator(node: object) -> bool:
     return isinstance(node, AccumulatorState)
+
+
+def _is_gathered(node: object) -> bool:
+    """Whether its rows are those that were gathered, not those of a table."""
+    return isinstance(node, AccumulatorState | PooledRows | RowSums)
 
 
 def _make_spec(*axes: AxisName) -> PartitionSpec:

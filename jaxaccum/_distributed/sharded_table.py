@@ -90,7 +90,8 @@ def all_apply(
     check_matches(dataclasses.replace(state, dense_shape=whole), grad)
     step = None if local_step is None else as_int32(local_step, "local_step")
     is_stale = jnp.bool_(False) if step is None else step < state.global_step
-    ids, is_invalid = table_rows(grad, rows)
+    ids, is_bad = table_rows(grad, rows)
+    is_invalid = jnp.any(is_bad)
     ids = jnp.where(is_stale | is_invalid, NOWHERE, ids)
     verdict = jnp.where(is_invalid, jnp.int32(Verdict.INVALID), jnp.int32(Verdict.ACCEPTED))
     verdict = jnp.where(is_stale, jnp.int32(Verdict.STALE), verdict)
@@ -158,7 +159,8 @@ def all_lookup(
     # A gradient without columns: its ids are checked and read as those of any other.
     asked = IndexedSlices(ids, jnp.zeros((jnp.shape(ids)[0], 0), jnp.float32), (rows, 0))
     asked = as_device_slices(asked)
-    wanted, is_invalid = table_rows(asked, rows)
+    wanted, is_bad = table_rows(asked, rows)
+    is_invalid = jnp.any(is_bad)
     route_ids = _make_router(shard.shape[0], num_devices, bucket, wanted.shape[0])
     route = route_ids(wanted)
     if route.source.shape[1] < wanted.shape[0]:

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import optax  # type: ignore[import-untyped]
 
 # From about this share of its rows on, a table is updated faster as a whole (for Adam on a CPU by
-# benchmarks/train_step.py). Tables of fewer entries take no time either way.
+# benchmarks/cases/train_step.py). Tables of fewer entries take no time either way.
 _DENSE_WINS, _LARGE_TABLE = 4, 2**20
 
 

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn, Self
+from collections.abc import Sequence
+from typing import Any
 
 import jax
-import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
-from jaxaccum._coordinator.coordinator import Coordinator
 from jaxaccum._coordinator.device_state import DeviceState
+from jaxaccum._coordinator.handle import LeafHandle
+from jaxaccum._coordinator.host_gradient import read_rows
 from jaxaccum._coordinator.placement import Placement, outside_jit
-from jaxaccum._coordinator.spec import Spec
+from jaxaccum._coordinator.spec import Spec, TreeSpec
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.public import public
-from jaxaccum._tensorflow.registry import claim_name, share
 from jaxaccum._tensorflow.sparse_gradient import SparseGradient, as_tuple
 
 _DEFAULT_NAME = "sparse_conditional_accumulator"
 
 
 @public
-class SparseConditionalAccumulator:
+class SparseConditionalAccumulator(LeafHandle):
     """Gathers row-sparse gradients from many threads until enough are there to be taken.
 
     A gradient computed before the accumulator's global step is stale and dropped. Taking blocks
@@ -85,41 +84,13 @@ class SparseConditionalAccumulator:
         device: jax.Device | jax.sharding.NamedSharding | None = None,
         accumulator_dtype: DTypeLike | None = None,
     ) -> None:
-        spec = Spec.of(dtype, shape, reduction_type, accumulator_dtype)
-        self._name = claim_name(name or _DEFAULT_NAME, self)
-
-        def make() -> Coordinator:
-            return Coordinator(spec, self.name, DeviceState(spec, capacity, Placement(device)))
-
-        self._core = share(shared_name, spec, make) if shared_name else make()
-
-    def __repr__(self) -> str:
-        return f"SparseConditionalAccumulator({self._core.spec}, name={self._name!r})"
-
-    def __reduce_ex__(self, protocol: Any) -> NoReturn:
-        """Refuses to be pickled or copied."""
-        self._core.__reduce_ex__(protocol)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The dtype of the gradients."""
-        return self._core.spec.dtype
-
-    @property
-    def name(self) -> str:
-        """The last component of the unique name."""
-        return self._name.rsplit("/", 1)[-1]
-
-    @property
-    def accumulator_ref(self) -> Coordinator:
-        """The handle, for `jaxaccum.raw_ops`; those of a shared name have the same."""
-        return self._core
+        spec = TreeSpec((Spec.of(dtype, shape, reduction_type, accumulator_dtype),))
+        super().__init__(
+            name or _DEFAULT_NAME,
+            shared_name,
+            spec,
+            lambda: DeviceState(spec, [capacity], Placement(device), read_rows),
+        )
 
     def apply_grad(
         self,
@@ -221,7 +192,7 @@ class SparseConditionalAccumulator:
 
         Source: TensorFlow's ``SparseConditionalAccumulator.take_grad``.
         """
-        return as_tuple(self._core.take(num_required, timeout, trim=True))
+        return as_tuple(self._take(num_required, timeout))
 
     def take_indexed_slices_grad(
         self,
@@ -253,7 +224,7 @@ class SparseConditionalAccumulator:
 
         Source: TensorFlow's ``SparseConditionalAccumulator.take_indexed_slices_grad``.
         """
-        return self._core.take(num_required, timeout, trim=trim)
+        return self._take(num_required, timeout, trim=trim)
 
     async def take_grad_async(
         self, num_required: int, *, timeout: float | None = None
@@ -268,84 +239,10 @@ class SparseConditionalAccumulator:
           >>> asyncio.run(acc.take_grad_async(1)).indices
           Array([5], dtype=int32)
         """
-        return as_tuple(await self._core.take_async(num_required, timeout, trim=True))
+        return as_tuple(await self._take_async(num_required, timeout))
 
     async def take_indexed_slices_grad_async(
         self, num_required: int, *, timeout: float | None = None, trim: bool = True
     ) -> IndexedSlices:
         """Does what `take_indexed_slices_grad` does in asyncio code."""
-        return await self._core.take_async(num_required, timeout, trim=trim)
-
-    def num_accumulated(self, name: str | None = None) -> int:
-        """Returns how many gradients were accepted since the last take."""
-        return self._core.num_accumulated()
-
-    def set_global_step(self, new_global_step: ArrayLike, name: str | None = None) -> None:
-        """Sets the step; what is accumulated stays and counts, and nobody is served.
-
-        A lower step than the present one is logged as a warning, and set.
-
-        Example:
-          >>> import jaxaccum
-          >>> acc = jaxaccum.SparseConditionalAccumulator("float32")
-          >>> acc.set_global_step(3)
-          >>> acc.apply_grad([0], [[1.0]], local_step=2)
-          False
-        """
-        self._core.set_global_step(new_global_step)
-
-    def statistics(self) -> dict[str, Any]:
-        """Returns counts of what happened and of what is held; it waits for the device.
-
-        Gradients ``accepted``, ``stale`` and ``invalid`` (those whose call raised, too), ``taken``
-        takes and how often it has ``grown``, since the beginning; ``waiting`` takers, ``unclaimed``
-        gradients whose takers went away, ``num_accumulated``, ``global_step``, ``rows`` held,
-        ``capacity``, and the ``compiled_sizes`` gradients were padded to.
-
-        Example:
-          >>> import jaxaccum
-          >>> acc = jaxaccum.SparseConditionalAccumulator("float32", capacity=64)
-          >>> acc.apply_grad([5, 2], [[1.0], [2.0]])
-          True
-          >>> stats = acc.statistics()
-          >>> stats["accepted"], stats["rows"], stats["capacity"], stats["compiled_sizes"]
-          (1, 2, 64, [32])
-        """
-        return self._core.statistics()
-
-    def state_dict(self) -> dict[str, np.ndarray]:
-        """Returns what is accumulated and the step, as NumPy arrays to be saved.
-
-        Example:
-          >>> import jaxaccum
-          >>> acc = jaxaccum.SparseConditionalAccumulator("float32")
-          >>> acc.apply_grad([5, 2], [[1.0], [2.0]])
-          True
-          >>> saved = acc.state_dict()
-          >>> resumed = jaxaccum.SparseConditionalAccumulator("float32")
-          >>> resumed.load_state_dict(saved)
-          >>> resumed.num_accumulated(), resumed.take_grad(1).indices
-          (1, Array([2, 5], dtype=int32))
-        """
-        return self._core.state_dict()
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Replaces what is accumulated, and the step, by what `state_dict` returned.
-
-        Raises:
-          InvalidArgumentError: it is of another dtype or shape; nothing has changed.
-        """
-        self._core.load_state_dict(state)
-
-    def close(self) -> None:
-        """Cancels all who wait and frees the memory; whatever is called afterwards raises.
-
-        Leaving a ``with`` block does the same. It closes for all who share the name.
-
-        Example:
-          >>> import jaxaccum
-          >>> with jaxaccum.SparseConditionalAccumulator("float32") as acc:
-          ...     acc.apply_grad([5], [[1.0]])
-          True
-        """
-        self._core.close()
+        return await self._take_async(num_required, timeout, trim=trim)

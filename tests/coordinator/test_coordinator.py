@@ -15,8 +15,7 @@ import pytest
 import takers
 
 import jaxaccum
-from jaxaccum._coordinator import host_gradient, placement
-from jaxaccum._tensorflow import registry
+from jaxaccum._coordinator import host_gradient, placement, registry
 
 
 def snapshot(acc):
@@ -625,6 +624,6 @@ def test_statistics_count_everything():
     acc.apply_grad([3], [1], local_step=-1)
     assert acc.statistics() == {
         "accepted": 2, "stale": 1, "invalid": 1, "taken": 0, "grown": 1, "waiting": 0,
-        "unclaimed": 0, "num_accumulated": 2, "global_step": 0, "rows": 3, "capacity": 16,
-        "compiled_sizes": [32],
+        "staleness": {0: 2, 1: 1}, "unclaimed": 0, "num_accumulated": 2, "global_step": 0,
+        "rows": 3, "capacity": 16, "compiled_sizes": [32],
     }  # fmt: skip

@@ -127,7 +127,7 @@ def test_many_small_gradients_are_few_dispatches(monkeypatch):
     acc = takers.accumulator()
     acc.apply_grad([0], [1])
     counts = []
-    patched(acc, monkeypatch, lambda apply: lambda *a: counts.append(int(a[3])) or apply(*a))
+    patched(acc, monkeypatch, lambda apply: lambda *a: counts.append(int(a[2])) or apply(*a))
     for _ in range(99):
         acc.apply_grad([0], [1])
     assert acc.take_grad(1).values.tolist() == [100]
@@ -141,9 +141,10 @@ def test_what_was_dispatched_is_never_written_again(monkeypatch):
     given = []
 
     def watched(apply):
-        def record(leaves, indices, values, *rest):
+        def record(leaves, staged, count):
+            (indices,), (values,), _, _ = staged
             given.append((indices, values, indices.copy(), values.copy()))
-            return apply(leaves, indices, values, *rest)
+            return apply(leaves, staged, count)
 
         return record
 
@@ -172,12 +173,15 @@ def test_a_caller_may_overwrite_a_small_gradient_at_once():
 
 def test_memory_is_bounded_by_the_gradient():
     """Deep for small gradients, shallow for larger ones, none for large ones."""
+    acc = takers.accumulator(dtype="float32", shape=None)
+    read = state_of(acc).read
     for n, columns, depth in ((32, 16, 32), (32, 256, 7), (64, 250, 4)):
-        stage = Stage(n, (columns,), np.dtype(np.float32), padding=100)
+        gradient = read(np.arange(n), np.ones((n, columns), np.float32), None)
+        stage = Stage(gradient, acc.accumulator_ref.spec)
+        (indices,), (values,) = stage.indices, stage.values
         assert stage.depth == depth
-        assert stage.values.nbytes <= 1 << 18
-        assert stage.values.ctypes.data % 64 == stage.indices.ctypes.data % 64 == 0
-    read = state_of(takers.accumulator(dtype="float32", shape=None)).read
+        assert values.nbytes <= 1 << 18
+        assert values.ctypes.data % 64 == indices.ctypes.data % 64 == 0
     for n, columns, is_small in ((64, 250, True), (64, 256, False), (65, 100, True)):
         gradient = read(np.arange(n), np.ones((n, columns), np.float32), None)
         assert gradient.is_small is is_small

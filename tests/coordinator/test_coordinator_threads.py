@@ -174,9 +174,10 @@ def test_closing_frees_what_was_held_staged_and_unclaimed(monkeypatch):
             acc.take_grad(1)
     acc.apply_grad([1], [2], local_step=1)
     unclaimed = core._unclaimed[0]
-    held = [*core._accumulated._box[0], core._accumulated._stage.values, *unclaimed.arrays]
+    (taken,), _ = unclaimed.arrays
+    held = [*core._accumulated._box[0], *core._accumulated._stage.values, *taken]
     held = [weakref.ref(array) for array in held]
-    del unclaimed
+    del unclaimed, taken
     gc.collect()
     assert all(ref() is not None for ref in held)
     acc.close()
@@ -259,10 +260,10 @@ def test_a_take_that_fails_is_the_takers_concern(watch, monkeypatch):
     state, fails = acc.accumulator_ref._accumulated, [True]
     take = type(state).take
 
-    def flaky(self, outcome):
+    def flaky(self, outcome, num_required):
         if fails:
             raise MemoryError(fails.pop())
-        take(self, outcome)
+        take(self, outcome, num_required)
 
     monkeypatch.setattr(type(state), "take", flaky)
     assert acc.apply_grad([1], [2])

@@ -22,6 +22,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import equinox_word_embeddings as words  # noqa: E402
 import flax_recommender as recommender  # noqa: E402
+import overnight  # noqa: E402
 import sparse_relations as relations  # noqa: E402
 
 NUM_SENSES = 60
@@ -84,6 +85,28 @@ def test_word_embeddings_learn(capsys):
     assert probes
 
 
+@pytest.mark.parametrize("fixed", [[], pytest.param(["--fixed"], marks=pytest.mark.full)])
+def test_a_run_goes_on_through_the_night(fixed, capsys):
+    """Early steps begin with the flatter half, and end where the capacity grows."""
+    small = ["--rows=5000", "--dim=8", "--batch-size=64", "--micro-batches=4", "--bad=0.01"]
+    with jax.numpy_dtype_promotion("standard"):  # which optax's Adam needs
+        overnight.main([*small, "--batches=480", "--report=80", "--learning-rate=0.1", *fixed])
+    printed = capsys.readouterr().out.replace(",", "")
+    row = r"│ (\d+) +│ ([0-9.]+) +│ (\d+) +│ (\d+) +│ (\d+) +│ 2\^(-?\d+) +│ (\d+) of (\d+) +│"
+    rows = np.array(re.findall(row, printed), float)
+    batches, losses, steps, early, skipped, scale, peak, capacity = rows.T
+    assert batches.tolist() == [80, 160, 240, 320, 400, 480]
+    assert losses[2] < 0.8 * losses[0]
+    assert early[:3].tolist() == [0, 0, 0]
+    assert early[3] > 5
+    assert (early[5] > early[4]) == bool(fixed)
+    assert (capacity[4] > peak[5]) != bool(fixed)
+    assert 9 < skipped[5] < 30
+    # Without early steps there is one for each four gradients that are not skipped.
+    assert steps[2] == (240 - skipped[2]) // 4
+    assert scale.max() < 24
+
+
 @pytest.mark.parametrize(
     ("example", "options", "message"),
     [
@@ -94,6 +117,7 @@ def test_word_embeddings_learn(capsys):
         (recommender, ["--data=/nowhere/graph.npz"], "[Errno 2] No such file or directory: "),
         (relations, ["--start=dog"], "dog is none of the first 40,000 concepts"),
         (relations, ["--steps=x"], "argument --steps: invalid number value: 'x'"),
+        (overnight, ["--report=0"], "argument --report: must be at least 1 and below 2**31, got 0"),
     ],
 )
 def test_bad_options_are_told_in_one_line(example, options, message, capsys):

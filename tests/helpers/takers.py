@@ -65,7 +65,7 @@ class Watch:
 
 def waiting(acc):
     """The takers in the queue, first come first, by their waiters."""
-    return list(acc.accumulator_ref._queue)
+    return list(acc._core._queue)
 
 
 def accumulator(**options):

@@ -27,6 +27,8 @@ ROOMS = {
     "_optimizers": {"_distributed", "_accumulator", "_rows"},
     "_coordinator": {"_accumulator", "_rows"},
     "_tensorflow": {"_coordinator", "_rows"},
+    "_ray": {"_optimizers", "_coordinator", "_accumulator", "_rows"},
+    "ray": {"_ray"},
     "raw_ops": {"_tensorflow", "_coordinator", "_sparse_ops"},
 }
 
@@ -182,7 +184,7 @@ def test_importing_needs_jax_alone_and_touches_nothing():
 import sys, jax
 flags = dict(jax.config.values)
 import jaxaccum
-extra = {"optax", "flax", "equinox", "orbax", "rich", "matplotlib"} & set(sys.modules)
+extra = {"optax", "ray", "flax", "equinox", "orbax", "rich", "matplotlib"} & set(sys.modules)
 assert not extra, extra
 assert flags == jax.config.values
 """

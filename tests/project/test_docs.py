@@ -6,13 +6,12 @@ block prints stands below it as a block of its own, marked ``output``, and is wh
 
 import contextlib
 import doctest
+import importlib
 import io
 import pathlib
 import re
 
 import pytest
-
-import jaxaccum
 
 ROOT = pathlib.Path(__file__).parents[2]
 DOCS = ROOT / "docs"
@@ -29,21 +28,26 @@ LONG = {
     "recommender.md",
     "sharded_tables.md",
 }
+# Pages that start processes.
+NEEDS_RAY = {"machines.md"}
 
 
 def name_of(page):
     return str(page.relative_to(ROOT))
 
 
+def marks(page):
+    return [pytest.mark.full] * (page.name in LONG) + [pytest.mark.slow] * (page.name in NEEDS_RAY)
+
+
 @pytest.mark.usefixtures("as_it_comes")
 @pytest.mark.parametrize(
     "page",
-    [
-        pytest.param(page, id=name_of(page), marks=[pytest.mark.full] if page.name in LONG else [])
-        for page in PROGRAMS
-    ],
+    [pytest.param(page, id=name_of(page), marks=marks(page)) for page in PROGRAMS],
 )
-def test_page_is_a_program_that_prints_what_it_shows(page, tmp_path, monkeypatch):
+def test_page_is_a_program_that_prints_what_it_shows(page, tmp_path, monkeypatch, request):
+    if page.name in NEEDS_RAY:
+        request.getfixturevalue("cluster")
     text = page.read_text()
     assert text.count("```output") == sum(bool(shown) for _, shown in BLOCK.findall(text))
     monkeypatch.chdir(tmp_path)
@@ -89,7 +93,7 @@ def test_every_page_is_in_the_table_of_contents():
     assert sorted(listed) == sorted(pages)
 
 
-@pytest.mark.parametrize("module", ["jaxaccum", "jaxaccum.raw_ops"])
+@pytest.mark.parametrize("module", ["jaxaccum", "jaxaccum.raw_ops", "jaxaccum.ray"])
 def test_every_public_name_has_a_page_of_the_reference(module):
     parts = re.findall(
         r"currentmodule:: (\S+)\n.*?:nosignatures:\n\n(.*?)```",
@@ -100,5 +104,5 @@ def test_every_public_name_has_a_page_of_the_reference(module):
         name for of, text in parts if of == module
         for name in re.findall(r"^(?:   |\.\. py:data:: )(\w+)$", text, re.MULTILINE)
     ]  # fmt: skip
-    public = jaxaccum if module == "jaxaccum" else jaxaccum.raw_ops
+    public = importlib.import_module(module)
     assert sorted(listed) == sorted(set(public.__all__) - {"raw_ops"})

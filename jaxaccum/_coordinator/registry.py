@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable
 
 from jaxaccum._coordinator.coordinator import Coordinator
-from jaxaccum._coordinator.spec import Spec
+from jaxaccum._coordinator.spec import TreeSpec
 
 _lock = threading.RLock()
 _named: weakref.WeakValueDictionary[str, object] = weakref.WeakValueDictionary()
@@ -30,7 +30,7 @@ def claim_name(name: str, owner: object) -> str:
         return unique
 
 
-def share(shared_name: str, spec: Spec, make: Callable[[], Coordinator]) -> Coordinator:
+def share(shared_name: str, spec: TreeSpec, make: Callable[[], Coordinator]) -> Coordinator:
     """Returns the open accumulator of that name, made if there is none."""
     with _lock:
         core = _shared.get(shared_name)

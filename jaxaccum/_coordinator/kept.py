@@ -1,0 +1,164 @@
+"""Gradients kept one by one until it is known which step uses them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxaccum._coordinator.accumulated import Counts, Taken
+from jaxaccum._coordinator.device_state import DeviceState
+from jaxaccum._coordinator.host_gradient import (
+    HostGradient,
+    assemble,
+    check_dense,
+    check_rows,
+    make_own,
+)
+from jaxaccum._coordinator.placement import Placement, outside_jit
+from jaxaccum._coordinator.spec import TreeSpec
+from jaxaccum._rows.indexed_slices import IndexedSlices
+
+
+class Kept:
+    """What is taken from where a take uses exactly so many gradients; see `Accumulated`.
+
+    Sums could not be told apart again. So gradients are kept as they came, and the taker adds them
+    up after it was served, outside the lock: under the lock a take moves a few references.
+
+    Args:
+      spec: what is accumulated; all shapes are known.
+      capacities, placement, read: as `DeviceState` has them.
+    """
+
+    def __init__(
+        self,
+        spec: TreeSpec,
+        capacities: Sequence[int | None],
+        placement: Placement,
+        read: Callable[..., HostGradient],
+    ) -> None:
+        self.counts = Counts()
+        self._spec = spec
+        self._sharding = placement.gradients
+        self._read = read
+        self._make_sums = functools.partial(DeviceState, spec, capacities, placement, read)
+        # Sums that nobody is using; a taker that dies with one never brings it back.
+        self._idle = [self._make_sums()]
+        self._kept: list[tuple[HostGradient, int]] = []
+
+    def read(self, *gradient: Any) -> HostGradient:
+        """Checks a gradient, and makes it our own."""
+        return make_own(self._read(self._spec, self._sharding, *gradient))
+
+    def prepare(self, gradient: HostGradient | None, will_take: bool) -> None:
+        """Nothing is compiled until a taker has been served."""
+
+    def add(self, gradient: HostGradient, staleness: int) -> None:
+        """Keeps a gradient."""
+        counts, kept, entry = self.counts, self._kept, [(gradient, staleness)]
+        most = self._spec.policy.max_staleness
+        # No calls from here on: see `device_state`.
+        kept += entry
+        if staleness > most:
+            counts.carried += 1
+        else:
+            counts.num_accumulated += 1
+        counts.accepted += 1
+
+    def take(self, outcome: list[Any], num_required: int) -> None:
+        """Takes the first gradients, up to the last one that is required."""
+        counts, kept, most = self.counts, self._kept, self._spec.policy.max_staleness
+        counted = [i for i, (_, staleness) in enumerate(kept) if staleness <= most]
+        end = counted[num_required - 1] + 1
+        taken, rest = Taken(num_required, kept[:end]), kept[end:]
+        # No calls from here on: see `device_state`.
+        outcome[0] = taken
+        self._kept = rest
+        counts.num_accumulated -= num_required
+        counts.taken += 1
+        counts.global_step += 1
+
+    @outside_jit
+    def deliver(self, taken: Taken, *, trim: bool) -> tuple[list[IndexedSlices], list[jax.Array]]:
+        """Adds up what was taken, and returns what `DeviceState.deliver` does."""
+        idle = self._idle  # `clear` puts another list in its place
+        try:
+            sums = idle.pop()
+        except IndexError:
+            sums = self._make_sums()
+        for gradient, staleness in taken.arrays:
+            while (compile_ahead := sums.prepare(gradient, will_take=False)) is not None:
+                compile_ahead()
+            sums.add(gradient, staleness)
+        outcome: list[Any] = [None]
+        sums.take(outcome, 1)
+        idle.append(sums)
+        return sums.deliver(outcome[0], trim=trim)
+
+    def statistics(self) -> dict[str, Any]:
+        """Returns how much is kept."""
+        return {"kept_bytes": sum(gradient.num_bytes for gradient, _ in self._kept)}
+
+    def save(self) -> dict[str, np.ndarray]:
+        """Returns what is kept: of each leaf the arrays of all gradients, one after the other."""
+        spec, kept, counts = self._spec, [gradient for gradient, _ in self._kept], self.counts
+        saved = {"staleness": np.array([staleness for _, staleness in self._kept], np.int64)}
+        names = iter(spec.names)
+        for i, (leaf, name) in enumerate(zip(spec.tables, names, strict=False)):
+            nums = [gradient.num_slices[i] for gradient in kept]
+            pairs = list(zip(kept, nums, strict=True))
+            ids = [np.asarray(gradient.indices[i][:num], np.int32) for gradient, num in pairs]
+            rows = [np.asarray(gradient.values[i])[:num] for gradient, num in pairs]
+            saved[f"{name}num_slices"] = np.array(nums, np.int64)
+            saved[f"{name}indices"] = np.concatenate([np.zeros(0, np.int32), *ids])
+            saved[f"{name}values"] = np.concatenate([_none(leaf.dtype, leaf.row_shape), *rows])
+        for i, leaf in enumerate(spec.dense):
+            each = [np.asarray(gradient.dense[i])[None] for gradient in kept]
+            name = spec.names[len(spec.tables) + i]
+            saved[f"{name}values"] = np.concatenate([_none(leaf.dtype, leaf.shape), *each])
+        return saved | {"global_step": np.asarray(counts.global_step)}
+
+    def load(self, saved: Mapping[str, Any]) -> None:
+        """Replaces what is kept by what `save` returned."""
+        spec, counts, most = self._spec, self.counts, self._spec.policy.max_staleness
+        step, ages = int(saved["global_step"]), np.asarray(saved["staleness"]).tolist()
+        columns: list[list[Any]] = []
+        for name, leaf in zip(spec.names, spec.leaves, strict=True):
+            values = _as_dtype(saved[f"{name}values"], leaf.dtype)
+            if len(columns) >= len(spec.tables):
+                columns.append([check_dense(leaf, each) for each in values])  # type: ignore[arg-type]
+                continue
+            ends = np.cumsum(saved[f"{name}num_slices"])
+            ids = np.split(np.asarray(saved[f"{name}indices"]), ends)[:-1]
+            rows = np.split(values, ends)[:-1]
+            columns.append([check_rows(leaf, *pair, None) for pair in zip(ids, rows, strict=True)])
+        kept = []
+        for leaves, staleness in zip(zip(*columns, strict=True), ages, strict=True):
+            tables, dense = leaves[: len(spec.tables)], leaves[len(spec.tables) :]
+            gradient = assemble(spec, self._sharding, [*tables], [*dense])
+            kept.append((make_own(gradient), staleness))
+        num_accumulated = sum(staleness <= most for staleness in ages)
+        # No calls from here on: see `device_state`.
+        self._kept = kept
+        counts.num_accumulated, counts.global_step = num_accumulated, step
+
+    def clear(self) -> None:
+        """Frees the memory."""
+        self._kept, self._idle = [], []
+
+    def is_lost(self) -> bool:
+        """Nothing is ever given away."""
+        return False
+
+
+def _none(dtype: np.dtype, shape: Any) -> np.ndarray:
+    return np.zeros((0, *shape), dtype)
+
+
+def _as_dtype(values: Any, dtype: np.dtype) -> np.ndarray:
+    values = np.asarray(values)
+    return values.view(dtype) if values.dtype.kind == "V" else values  # as npz files hold bfloat16
