@@ -22,6 +22,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 import harness
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jaxaccum
@@ -123,6 +124,48 @@ def cycle_us(
     return {name: statistics.median(each) for name, each in times.items()}
 
 
+def model(
+    num_dense: int, shape: tuple[int, ...], ids: int, kind: Callable[[Any], Any]
+) -> dict[str, tuple[Callable[[int], None], Callable[[], Any]]]:
+    """One accumulator for a model of two tables and some dense leaves, and one for each leaf."""
+    rng, table = np.random.default_rng(0), (100_000, 16)
+
+    def slices() -> jaxaccum.IndexedSlices:
+        rows = kind(rng.integers(0, table[0], ids).astype(np.int32))
+        return jaxaccum.IndexedSlices(rows, kind(np.ones((ids, table[1]), np.float32)), table)
+
+    tables = [slices() for _ in range(2)]
+    dense = [kind(np.ones(shape, np.float32)) for _ in range(num_dense)]
+    whole = jaxaccum.TreeAccumulator((tables, dense))
+    of_tables = [
+        jaxaccum.SparseConditionalAccumulator("float32", table, reduction_type="MEAN_PER_GRADIENT")
+        for _ in tables
+    ]
+    of_dense = [jaxaccum.ConditionalAccumulator("float32", shape) for _ in dense]
+
+    def apply_each(_: int) -> None:
+        for acc, grad in zip(of_tables, tables, strict=True):
+            acc.apply_indexed_slices_grad(grad, FUTURE)
+        for acc, grad in zip(of_dense, dense, strict=True):
+            acc.apply_grad(grad, FUTURE)
+
+    def take_each() -> Any:
+        rows = [acc.take_indexed_slices_grad(1, trim=False) for acc in of_tables]
+        return rows, [acc.take_grad(1) for acc in of_dense]
+
+    def apply(_: int) -> None:
+        whole.apply_grad((tables, dense), FUTURE)
+
+    return {"one tree": (apply, lambda: whole.take_grad(1)), "one each": (apply_each, take_each)}
+
+
+MODELS = [
+    # dense leaves, of shape, ids of each table, where gradients are
+    (20, (8, 8), 32, np.asarray),
+    (20, (64, 64), 1024, jnp.asarray),
+    (2, (1024, 1024), 1024, jnp.asarray),
+]
+
 CASES = [
     # rows, ids, columns, distinct gradients, applies a cycle, threads, repeats
     (10_000, 32, 16, 8, 1000, 1, 9),
@@ -140,6 +183,7 @@ CASES = [
 
 if harness.TINY:
     CASES = [(1000, 32, 16, 8, 16, 1, 1), (None, 4096, 64, 2, 4, 2, 1)]
+    MODELS = [(2, (8, 8), 32, np.asarray)]
 
 
 def main() -> None:
@@ -172,6 +216,18 @@ def main() -> None:
         "coordinator",
         table,
         note="Microseconds an apply, its share of the cycle's take included.",
+    )
+    table = []
+    for num_dense, shape, ids, kind in MODELS:
+        times = cycle_us(model(num_dense, shape, ids, kind), 1, 32, 1, 9)
+        whose = "NumPy" if kind is np.asarray else "JAX"
+        row = {"dense leaves": f"{num_dense} x {shape}", "ids": ids, "gradients": whose}
+        row |= {f"{name} us": round(us) for name, us in times.items()}
+        table.append(row | {"each / tree": round(times["one each"] / times["one tree"], 1)})
+    harness.report(
+        "coordinator_models",
+        table,
+        note="Tables of 100,000 x 16 and dense leaves: one TreeAccumulator, or one for each leaf.",
     )
 
 
