@@ -6,6 +6,12 @@ outside, parts of which there are two that must agree, and lists that must be co
 
 from jaxaccum._accumulator.counters import saturating_add, saturating_sum
 from jaxaccum._coordinator.coordinator import Coordinator
+from jaxaccum._coordinator.policy import Policy
+from jaxaccum._ray import takes as ray_takes
+from jaxaccum._ray.checkpoints import Folder, load_arrays, save_arrays
+from jaxaccum._ray.layout import Layout
+from jaxaccum._ray.part_sum import join_parts, reduce_dense, reduce_rows
+from jaxaccum._ray.tickets import Tickets
 from jaxaccum._rows.prefix_sums import as_words, count_before, rank_in_words, sum_before
 from jaxaccum._rows.row_arithmetic import _add_in_order as add_in_order
 from jaxaccum._rows.row_arithmetic import _add_where_they_lie as add_where_they_lie
@@ -17,16 +23,26 @@ from jaxaccum._sparse_ops import keys, match
 __all__ = [
     "RULES",
     "Coordinator",
+    "Folder",
+    "Layout",
+    "Policy",
     "SparseSum",
+    "Tickets",
     "add_in_order",
     "add_where_they_lie",
     "as_words",
     "count_before",
+    "join_parts",
     "keys",
+    "load_arrays",
     "match",
     "rank_in_words",
+    "ray_takes",
+    "reduce_dense",
+    "reduce_rows",
     "saturating_add",
     "saturating_sum",
+    "save_arrays",
     "select_tables",
     "sum_before",
 ]

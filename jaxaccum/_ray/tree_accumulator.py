@@ -1,0 +1,326 @@
+"""``TreeAccumulator`` for the workers of a Ray cluster: one actor has it, its handle travels."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import itertools
+import uuid
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.typing import ArrayLike
+
+from jaxaccum._accumulator.state import Reduction
+from jaxaccum._coordinator import tree_accumulator as local
+from jaxaccum._coordinator.arguments import as_required, as_step, as_timeout
+from jaxaccum._coordinator.policy import Policy
+from jaxaccum._coordinator.spec import TreeSpec
+from jaxaccum._coordinator.tree_accumulator import Applied
+from jaxaccum._coordinator.tree_layout import make_layout
+from jaxaccum._optimizers.state_layout import struct_of
+from jaxaccum._ray.answers import Answers
+from jaxaccum._ray.calls import NAMESPACE, Deadline, check_version, import_ray, version, wait_for
+from jaxaccum._ray.takes import ASK_SECONDS, Takes
+from jaxaccum._rows.tables import Tables
+from jaxaccum._rows.tree import Leaf, PyTree
+from jaxaccum._rows.unique_rows import is_slices
+
+
+class Design(NamedTuple):
+    """What an accumulator is made of: the arguments of the local class, ready to travel."""
+
+    like: PyTree
+    tables: PyTree
+    reduction: Reduction
+    capacity: PyTree
+    policy: Policy
+
+
+class TreeAccumulatorActor:
+    """The actor. One event loop runs all of it; those who wait do so beside it."""
+
+    def __init__(self, design: Design, about: str) -> None:
+        like, tables, reduction, capacity, policy = design
+        self._acc = local.TreeAccumulator(
+            like,
+            tables=tables,
+            reduction=reduction,
+            capacity=capacity,
+            max_staleness=policy.max_staleness,
+            staleness_weight=policy.staleness_weight,
+            exactly=policy.exactly,
+            carry_over=policy.carry_over,
+        )
+        self._answers, self._takes, self._about = Answers(), Takes(), about
+
+    async def hello(self, of_version: str, about: str) -> None:
+        """Looks at whoever comes first: same version, same accumulator."""
+        check_version(of_version)
+        if about != self._about:
+            raise ValueError(f"shared_name is that of an accumulator of {self._about}, not {about}")
+
+    async def apply_grad(
+        self, key: str, grads: PyTree, local_step: int, worker: str | None
+    ) -> Applied:
+        """Adds a gradient once, however often it comes."""
+        self._takes.expire()
+        # Nothing is awaited between the look and the answer: a repetition cannot slip in between.
+        if (before := self._answers.find(key)) is not None:
+            return Applied(before, self._acc.global_step)
+        applied = self._acc.apply_grad(grads, local_step, worker=worker)
+        self._answers.keep(key, applied.verdict)
+        return applied
+
+    async def ask_take(
+        self, ticket: str, num_required: int, timeout: float | None, trim: bool, seconds: float
+    ) -> tuple[PyTree] | None:
+        """Waits some of the time a taker may; see `Takes`."""
+        take = functools.partial(self.take_grad, num_required, timeout, trim)
+        return await self._takes.ask(ticket, take, seconds)
+
+    async def take_grad(self, num_required: int, timeout: float | None, trim: bool) -> PyTree:
+        """Takes for whoever holds the reference to what this returns."""
+        taken = await self._acc.take_grad_async(num_required, timeout=timeout, trim=trim)
+        return await asyncio.to_thread(to_host, taken)
+
+    async def call(self, method: str, *args: Leaf) -> Leaf:
+        """Calls a method that neither waits nor takes."""
+        result = getattr(self._acc, method)
+        return result(*args) if callable(result) else result
+
+
+class TreeAccumulator:
+    """A `jaxaccum.TreeAccumulator` that workers in other processes and on other machines share.
+
+    It lives in an actor, and this is a handle: pass it to tasks and actors, or make it again under
+    the same ``shared_name``. Methods, answers and errors are those of the local class. Every call
+    ends: where the actor is not reached in time, it raises `UnavailableError`. A taker that dies
+    leaves the queue within some seconds.
+
+    Gradients travel as NumPy arrays, and so do the trees that are taken; `jax.numpy.asarray` puts
+    them on a device. Classes in the tree must be importable where the actor runs.
+
+    Args:
+      like, tables, reduction, capacity, max_staleness, staleness_weight, exactly, carry_over: as
+        there.
+      shared_name: one accumulator of this name exists on a Ray cluster: who makes it again gets it.
+      timeout: seconds within which the actor must answer; takes may wait longer.
+      actor_options: what Ray is told of the actor: ``num_cpus``, ``lifetime``, ``resources``, ...
+
+    Raises:
+      ImportError: Ray is not installed.
+      ValueError, TypeError: as there; or ``shared_name`` is that of another accumulator.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum.ray
+      >>> acc = jaxaccum.ray.TreeAccumulator(jnp.zeros(2), shared_name="grads")  # doctest: +SKIP
+      >>> acc.apply_grad(jnp.ones(2), local_step=0, worker="me")  # doctest: +SKIP
+      Applied(verdict=<Verdict.ACCEPTED: 0>, global_step=0)
+      >>> acc.take_grad(num_required=1, timeout=60)  # doctest: +SKIP
+      array([1., 1.], dtype=float32)
+    """
+
+    __module__ = "jaxaccum.ray"
+
+    def __init__(
+        self,
+        like: PyTree,
+        *,
+        tables: Tables | None = None,
+        shared_name: str | None = None,
+        reduction: Reduction = "mean_per_gradient",
+        capacity: PyTree = None,
+        max_staleness: int = 0,
+        staleness_weight: Callable[[jax.Array], ArrayLike] | None = None,
+        exactly: bool = False,
+        carry_over: bool = False,
+        timeout: float = 60.0,
+        actor_options: dict[str, Leaf] | None = None,
+    ) -> None:
+        policy = Policy(max_staleness, staleness_weight, exactly, carry_over)
+        # What is wrong is said here, not by an actor that dies of it.
+        layout, _ = make_layout(like, tables, capacity, reduction, policy)
+        design = Design(_skeleton(like), tables, reduction, capacity, policy)
+        about = _describe(layout.spec)
+        name = shared_name or f"accumulator {uuid.uuid4().hex[:8]}"
+        actor = import_ray().remote(TreeAccumulatorActor)
+        options = {"num_cpus": 0, **(actor_options or {})}
+        actor = actor.options(
+            name=name, namespace=NAMESPACE, get_if_exists=shared_name is not None, **options
+        )
+        self._attach(actor.remote(design, about), name, about, timeout)
+        self._greet()
+
+    def _attach(self, actor: Leaf, name: str, about: str, timeout: float) -> None:
+        self._actor, self.name, self._about, self._timeout = actor, name, about, timeout
+        self._is_known = False
+        # Of this handle in this process alone: its gradients are told apart from all others.
+        self._client, self._numbers = uuid.uuid4().hex, itertools.count()
+
+    def __reduce__(self) -> tuple[Callable[..., TreeAccumulator], tuple[Leaf, ...]]:
+        """Travels as the actor it talks to."""
+        return _rebuild, (self._actor, self.name, self._about, self._timeout)
+
+    def apply_grad(
+        self,
+        grads: PyTree,
+        local_step: ArrayLike = 0,
+        *,
+        worker: str | None = None,
+        key: str | None = None,
+    ) -> Applied:
+        """Adds a gradient on all leaves, or on none.
+
+        Args:
+          grads: a tree like ``like``.
+          local_step: the step at which the gradient was computed.
+          worker: a name under which `statistics` counts it.
+          key: a name for this one gradient. A later one of the same key is answered as this one
+            was, and not added: for whoever repeats what ended in `UnavailableError`, and for Ray
+            tasks that are retried.
+
+        Raises:
+          InvalidArgumentError, CancelledError: as there.
+          UnavailableError: there was no answer in time; it may have been added.
+        """
+        return self._wait(self.apply_grad_ref(grads, local_step, worker=worker, key=key))
+
+    def apply_grad_ref(
+        self,
+        grads: PyTree,
+        local_step: ArrayLike = 0,
+        *,
+        worker: str | None = None,
+        key: str | None = None,
+    ) -> Leaf:
+        """Begins `apply_grad`, and returns a Ray ``ObjectRef`` of its answer."""
+        self._greet()
+        key = f"{self._client}-{next(self._numbers)}" if key is None else key
+        step = as_step(local_step, "local_step")
+        return self._actor.apply_grad.remote(key, to_host(grads), step, worker)
+
+    async def apply_grad_async(
+        self,
+        grads: PyTree,
+        local_step: ArrayLike = 0,
+        *,
+        worker: str | None = None,
+        key: str | None = None,
+    ) -> Applied:
+        """Does as `apply_grad`, and lets the event loop run meanwhile."""
+        return await asyncio.to_thread(self.apply_grad, grads, local_step, worker=worker, key=key)
+
+    def take_grad(
+        self, num_required: int, *, timeout: float | None = None, trim: bool = False
+    ) -> PyTree:
+        """Waits for gradients and takes what a step uses; see `jaxaccum.TreeAccumulator.take_grad`.
+
+        Raises:
+          UnavailableError: the actor is not reached.
+        """
+        ask = self._asker(num_required, timeout, trim=trim)
+        while (answer := self._wait(ask(), ASK_SECONDS)) is None:
+            pass
+        return answer[0]
+
+    async def take_grad_async(
+        self, num_required: int, *, timeout: float | None = None, trim: bool = False
+    ) -> PyTree:
+        """Does as `take_grad` in asyncio code; if cancelled, it leaves the queue in a while."""
+        ask = await asyncio.to_thread(self._asker, num_required, timeout, trim=trim)
+        while (answer := await asyncio.to_thread(self._wait, ask(), ASK_SECONDS)) is None:
+            pass
+        return answer[0]
+
+    def take_grad_ref(
+        self, num_required: int, *, timeout: float | None = None, trim: bool = False
+    ) -> Leaf:
+        """Begins `take_grad`, and returns a Ray ``ObjectRef`` of the tree, to be passed to tasks.
+
+        It stays in the queue, whoever holds the reference, until it is served or ``timeout`` is
+        over.
+        """
+        self._greet()
+        return self._actor.take_grad.remote(as_required(num_required), as_timeout(timeout), trim)
+
+    @property
+    def global_step(self) -> int:
+        """How many takes there were, or what `set_global_step` said, and takes since."""
+        return self._call("global_step")
+
+    def num_accumulated(self) -> int:
+        """Returns how many gradients were accepted since the last take."""
+        return self._call("num_accumulated")
+
+    def set_global_step(self, new_global_step: int) -> None:
+        """Sets the step; what is accumulated stays and counts."""
+        self._call("set_global_step", as_step(new_global_step, "new_global_step"))
+
+    def statistics(self) -> dict[str, Leaf]:
+        """Returns counts of what happened; see `jaxaccum.TreeAccumulator.statistics`."""
+        return self._call("statistics")
+
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """Returns what is accumulated and the step, as NumPy arrays to be saved."""
+        return self._call("state_dict")
+
+    def load_state_dict(self, state: Mapping[str, Leaf]) -> None:
+        """Replaces what is accumulated, and the step, by what `state_dict` returned."""
+        self._call("load_state_dict", dict(state))
+
+    def close(self) -> None:
+        """Cancels all who wait, and frees the memory; whatever is called afterwards raises."""
+        self._call("close")
+
+    def _asker(self, num_required: int, timeout: float | None, *, trim: bool) -> Callable[[], Leaf]:
+        """What asks, again and again, under one ticket."""
+        self._greet()
+        ticket, required, seconds = uuid.uuid4().hex, as_required(num_required), as_timeout(timeout)
+        ask = self._actor.ask_take.remote
+        return functools.partial(ask, ticket, required, seconds, trim, ASK_SECONDS)
+
+    def _call(self, method: str, *args: Leaf) -> Leaf:
+        self._greet()
+        return self._wait(self._actor.call.remote(method, *args))
+
+    def _greet(self) -> None:
+        if not self._is_known:
+            self._wait(self._actor.hello.remote(version(), self._about))
+            self._is_known = True
+
+    def _wait(self, call: Leaf, more: float = 0.0) -> Leaf:
+        return wait_for(call, Deadline(self._timeout + more), f"accumulator {self.name!r}")
+
+
+def to_host(tree: PyTree) -> PyTree:
+    """Returns a tree of NumPy arrays: what Ray moves without copies of its own."""
+    return jax.tree.map(np.asarray, tree)
+
+
+def _skeleton(like: PyTree) -> PyTree:
+    """The tree with nothing in it but shapes."""
+
+    def hollow(leaf: Leaf) -> Leaf:
+        if is_slices(leaf):
+            empty = np.zeros((0, *leaf.values.shape[1:]), leaf.values.dtype)
+            return type(leaf)(np.zeros(0, np.int32), empty, leaf.dense_shape)
+        return struct_of(leaf)
+
+    return jax.tree.map(hollow, like, is_leaf=is_slices)
+
+
+def _describe(spec: TreeSpec) -> str:
+    """Says what an accumulator is: two of one name must say the same, in any process."""
+    weighted = ", weighted" * (spec.policy.staleness_weight is not None)
+    policy = dataclasses.replace(spec.policy, staleness_weight=None)
+    return f"{dataclasses.replace(spec, policy=policy)}{weighted}"
+
+
+def _rebuild(actor: Leaf, name: str, about: str, timeout: float) -> TreeAccumulator:
+    acc = TreeAccumulator.__new__(TreeAccumulator)
+    acc._attach(actor, name, about, timeout)
+    return acc
