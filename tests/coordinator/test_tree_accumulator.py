@@ -149,6 +149,25 @@ def test_what_is_carried_over_does_not_count(monkeypatch):
     assert (stats["accepted"], stats["carried"], stats["stale"]) == (3, 2, 0)
 
 
+@pytest.mark.parametrize("reduction", ["mean_per_gradient", "mean_per_row"])
+def test_gradients_may_weigh_nothing(reduction):
+    """Alone they are a mean of zero, not of NaN; and nothing of the step before shows."""
+
+    def weight(staleness):
+        return jnp.where(staleness > 0, 0.0, 1.0)
+
+    acc = accumulator(max_staleness=1, staleness_weight=weight, reduction=reduction)
+    acc.apply_grad(grads(1), 0)
+    np.testing.assert_array_equal(acc.take_grad(1)["bias"], gradient(1)["bias"])
+    acc.apply_grad(grads(1), 0)
+    mean = acc.take_grad(1)
+    assert mean["bias"].tolist() == [0, 0, 0]
+    assert not np.asarray(mean["items"].values).any()
+    acc.apply_grad(grads(1), 1)
+    acc.apply_grad(grads(2), 2)
+    np.testing.assert_array_equal(acc.take_grad(2)["bias"], gradient(2)["bias"])
+
+
 def test_exactly_as_many_as_asked_for_and_the_rest_stays(monkeypatch):
     acc = accumulator(exactly=True, reduction="sum")
     for seed in range(5):
