@@ -1,157 +1,174 @@
-"""What every benchmark shares: honest clocks, versions beside figures, one table, one JSON file."""
+"""Cases and their clock: a case is a function from a setting to figures, line by line.
+
+    @case("{rows:,}", settings=[{"rows": 1000}, {"rows": 1_000_000}], quick=[{"rows": 10}])
+    def train_step(rows):
+        '''One line that heads the table.'''
+        return measure({"jaxaccum": jax_step(...), **peer_steps("torch", "train_step", rows=rows)})
+
+A setting makes a point of the case (here "1,000" and "1,000,000"), each step a line, and the first
+line is the one that the others are compared with. A new line is a new entry of the dictionary.
+"""
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
-import importlib.util
-import json
-import os
-import pathlib
-import platform
+import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import jax
-import rich.console
-import rich.table
 
-RESULTS = pathlib.Path(__file__).parent / "results"
-PEERS = ("jax", "jaxlib", "optax", "tensorflow-cpu", "torch", "numpy")
+from benchmarks import peers
+from benchmarks.steps import Step
 
-# Everything runs once, on little, and nothing is written: so the gate sees that no benchmark rots.
-TINY = os.environ.get("JAXACCUM_BENCHMARKS") == "tiny"
+# Metrics by line: {"jaxaccum": {"ms": 8.0, "MB": 798}}.
+Figures = dict[str, dict[str, Any]]
 
 
-def scaled(size: int) -> int:
-    """Returns ``size``, or about a thousandth of it where all is to be tiny."""
-    return max(size // 1000, min(size, 32)) if TINY else size
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A function that measures, and the settings it is called with.
 
-
-def timed(step: Callable[[], Any]) -> tuple[Any, float]:
-    """What ``step`` returns, and the seconds until it is there."""
-    start = time.perf_counter()
-    result = jax.block_until_ready(step())
-    return result, time.perf_counter() - start
-
-
-def interleaved_ms(
-    steps: dict[str, Callable[[], Any]],
-    *,
-    repeats: int = 15,
-    warmup: int = 3,
-    in_a_row: int = 1,
-    wait_each: bool = True,
-) -> dict[str, float]:
-    """Medians of several steps, taken in turns so that a noisy spell meets all of them alike.
-
-    A step may carry a function ``prepare``, called before its clock starts. Those that are run
-    over and over in life are timed ``in_a_row``, after one that finds the cache full of what the
-    others have left there. Without ``wait_each`` only the last of a row is waited for, as a
-    training loop does, and a time is its share of the row: on a CPU, JAX hands all but the least
-    programs to another thread, and to be woken by it takes longer than a small program.
+    Attributes:
+      point: names what a setting measures, by `str.format`.
+      quick: settings so small that all cases together take a minute; their times mean nothing.
+      needs: packages without which the case is left out.
+      environ: what must stand in the environment before Python starts.
+      by_default: whether a run without ``--only`` has it.
     """
-    if TINY:
-        repeats, warmup, in_a_row = 1, 0, 1
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for repeat in range(warmup + repeats):
-        for name, step in steps.items():
-            prepare = getattr(step, "prepare", lambda: None)
-            row = []
-            if in_a_row > 1:
-                prepare()
-                timed(step)
-            if wait_each:
-                for _ in range(in_a_row):
-                    prepare()
-                    row.append(timed(step)[1])
-            else:
-                if hasattr(step, "prepare"):
-                    raise ValueError(f"{name} must be prepared each time, and so waited for")
-                _, seconds = timed(lambda step=step: [step() for _ in range(in_a_row)])
-                row.append(seconds / in_a_row)
-            if repeat >= warmup:
-                times[name] += row
-    return {name: statistics.median(ts) * 1e3 for name, ts in times.items()}
+
+    run: Callable[..., Figures]
+    point: str
+    settings: list[dict[str, Any]]
+    quick: list[dict[str, Any]]
+    needs: tuple[str, ...] = ()
+    environ: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    by_default: bool = True
+
+    @property
+    def name(self) -> str:
+        return self.run.__name__
+
+    @property
+    def about(self) -> str:
+        return (self.run.__doc__ or "").strip().splitlines()[0]
 
 
-def is_installed(peer: str) -> bool:
-    """Whether a peer can be measured here: TensorFlow has no package for some machines."""
-    return importlib.util.find_spec(peer) is not None
+CASES: dict[str, Case] = {}
 
 
-def torch_device() -> str:
-    """Where PyTorch should compute, to be compared with JAX."""
-    return "cuda" if jax.default_backend() == "gpu" else "cpu"
+def case(
+    point: str, *, settings: list[dict[str, Any]], quick: list[dict[str, Any]], **options: Any
+) -> Callable[[Callable[..., Figures]], Callable[..., Figures]]:
+    """Registers a function as a case of its name; options are those of `Case`."""
+
+    def register(run: Callable[..., Figures]) -> Callable[..., Figures]:
+        CASES[run.__name__] = Case(run, point, settings, quick, **options)
+        return run
+
+    return register
 
 
-def torch_wait() -> None:
-    """Waits for what PyTorch has begun, as ``block_until_ready`` does for JAX."""
-    import torch
-
-    if torch_device() == "cuda":
-        torch.cuda.synchronize()
+class LeftOutError(Exception):
+    """What cannot be measured here; its text says why."""
 
 
-def environment() -> dict[str, Any]:
-    """The machine, the date and the versions a figure is worthless without."""
-    versions = {}
-    for name in PEERS:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    device = jax.devices()[0]
+class Timed(Protocol):
+    """A `Step`, here or in a peer's process."""
+
+    def seconds(self, in_a_row: int = 1, wait_each: bool = True) -> list[float]: ...
+
+
+@dataclasses.dataclass
+class Haste:
+    """Whether all is to be run once only, to see that it runs."""
+
+    quick: bool = False
+
+
+HASTE = Haste()
+# A row of slow calls is short: what others have left in the cache is then soon forgotten.
+ROW_SECONDS = 0.4
+
+
+def measure(
+    steps: Mapping[str, Timed],
+    *,
+    seconds: float = 5.0,
+    turns: tuple[int, int] = (5, 60),
+    in_a_row: int = 5,
+    wait_each: bool = True,
+    per: int = 1,
+) -> Figures:
+    """Medians of steps that are run in turns, so that a noisy spell meets all of them alike.
+
+    Args:
+      steps: by line; the first is what ``times`` compares the others with.
+      seconds: for how long turns are taken.
+      turns: how many at least, and at most.
+      in_a_row: calls a turn, fewer of slow steps.
+      wait_each: whether each call is waited for and timed, or the row as a whole.
+      per: how often a call does what the figures are of.
+
+    Returns:
+      ``ms`` and ``times`` (the others' time over the first line's) by line.
+    """
+    if HASTE.quick:
+        seconds, turns, in_a_row = 0.0, (1, 1), 1
+    taken: dict[str, list[float]] = {line: [] for line in steps}
+    in_row = {line: calls_in_a_row(step, in_a_row) for line, step in steps.items()}
+    start = time.perf_counter()
+    for turn in range(turns[1]):
+        if turn >= turns[0] and time.perf_counter() - start > seconds:
+            break
+        for line, step in steps.items():
+            taken[line] += step.seconds(in_row[line], wait_each)
+    ms = {line: statistics.median(each) / per * 1e3 for line, each in taken.items()}
+    first = next(iter(ms.values()))
+    return {line: {"ms": value, "times": value / first} for line, value in ms.items()}
+
+
+def calls_in_a_row(step: Timed, most: int) -> int:
+    """As many as fit into a fraction of a second, once the step has been run and is warm."""
+    step.seconds()
+    (once,) = step.seconds()
+    return max(1, min(most, int(ROW_SECONDS / max(once, 1e-9))))
+
+
+def jax_step(call: Callable[[], Any], prepare: Callable[[], None] | None = None) -> Step:
+    return Step(call, jax.block_until_ready, prepare)
+
+
+def donated(function: Callable[..., Any], carry: Any, *args: Any) -> Step:
+    """A compiled step that gives its first argument away and gets it back."""
+    compiled = jax.jit(function, donate_argnums=0).lower(carry, *args).compile()
+    box = [carry]
+
+    def call() -> Any:
+        box[0] = compiled(box[0], *args)
+        return box[0]
+
+    return jax_step(call)
+
+
+def peer_steps(peer: str, make: str, **arguments: Any) -> Mapping[str, Timed]:
+    """Steps by line in the process of another library; none where it is not installed."""
+    device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+    process = peers.process_of(peer)
+    return process.make(make, device=device, **arguments) if process else {}
+
+
+def held_mb(compiled: Any) -> float:
+    """What a compiled step holds at its peak, inputs and outputs included."""
+    memory = getattr(compiled, "compiled", compiled).memory_analysis()
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
+    return (held + memory.output_size_in_bytes - memory.alias_size_in_bytes) / 1e6
+
+
+def with_metric(figures: Figures, metric: str, values: Mapping[str, float]) -> Figures:
+    """``figures`` with one more metric, by line."""
     return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "python": platform.python_version(),
-        "device": f"{device.platform}: {device.device_kind}",
-        "num_devices": jax.device_count(),
-        "cpu": _cpu_name(),
-        "cores": len(os.sched_getaffinity(0)),
-        "huge_pages": _has_huge_pages(),
-        "versions": versions,
+        line: metrics | ({metric: values[line]} if line in values else {})
+        for line, metrics in figures.items()
     }
-
-
-def report(name: str, rows: Iterable[dict[str, Any]], *, note: str = "") -> None:
-    """Prints ``rows`` as a table and writes them, with the environment, to ``results/``."""
-    rows, env = list(rows), environment()
-    table = rich.table.Table(title=f"{name} (jax {env['versions']['jax']}, {env['device']})")
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    for column in columns:
-        table.add_column(column, justify="left" if column == columns[0] else "right")
-    for row in rows:
-        table.add_row(*(_format(row.get(column, "")) for column in columns))
-    console = rich.console.Console()
-    console.print(table)
-    if note:
-        console.print(note)
-    if TINY:
-        return
-    RESULTS.mkdir(exist_ok=True)
-    device = jax.default_backend() + ("-huge_pages" if env["huge_pages"] else "")
-    path = RESULTS / f"{name}-{device}-jax{env['versions']['jax']}.json"
-    path.write_text(json.dumps({"environment": env, "note": note, "rows": rows}, indent=1) + "\n")
-    console.print(f"written: {path.relative_to(RESULTS.parent.parent)}")
-
-
-def _has_huge_pages() -> bool:
-    """Whether malloc asks for them, as docs/accumulator.md advises."""
-    return "glibc.malloc.hugetlb=1" in os.environ.get("GLIBC_TUNABLES", "")
-
-
-def _format(value: object) -> str:
-    return f"{value:,.3g}" if isinstance(value, float) and value < 1000 else f"{value}"
-
-
-def _cpu_name() -> str:
-    try:
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()

@@ -266,12 +266,33 @@ def ranking_metrics(ranks: np.ndarray) -> dict[str, float]:
     return {"MRR": float(np.mean(1.0 / ranks)), **hits}
 
 
-def nearest(entities: np.ndarray, row: int, count: int = 10) -> list[tuple[int, float]]:
-    """The rows of highest cosine to ``row``, best first, without itself: (row, cosine) pairs."""
-    norms = np.linalg.norm(entities, axis=1)
-    cosine = entities @ entities[row] / np.maximum(norms * norms[row], 1e-30)
-    cosine[row] = -np.inf
-    return [(int(i), float(cosine[i])) for i in np.argsort(-cosine)[:count]]
+def best_answers(
+    params: Tables, graph: Graph, row: int, count: int = 3
+) -> list[tuple[int, list[tuple[int, str | None]]]]:
+    """The answers that score best to (row, relation, ?), for each relation that the entity has.
+
+    As many as there are true ones, in whatever split, but at most ``count``.
+
+    Returns:
+      For each relation (row, split) pairs, best first; ``None`` for what is not true.
+    """
+    known = {
+        (relation, tail): split
+        for split in reversed(SPLITS)
+        for head, relation, tail in getattr(graph, split).tolist()
+        if head == row
+    }
+    answers = []
+    real, imaginary = np.split(params.entities[row], 2)
+    relations = [relation for relation, _ in known]
+    for relation in sorted(set(relations)):
+        turn_real, turn_imaginary = np.split(params.relations[relation], 2)
+        asked = [real * turn_real - imaginary * turn_imaginary,
+                 real * turn_imaginary + imaginary * turn_real]  # fmt: skip
+        scores = params.entities @ np.concatenate(asked)
+        best = np.argsort(-scores)[: min(count, relations.count(relation))].tolist()
+        answers.append((relation, [(tail, known.get((relation, tail))) for tail in best]))
+    return answers
 
 
 def _complex_product(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -8,6 +8,9 @@ The MRR comes out the same. Without devices of your own, --devices 8 makes the C
 
 from __future__ import annotations
 
+import running  # before JAX: from here on Ctrl-C ends in one line
+
+# isort: split
 import argparse
 import functools
 import os
@@ -27,6 +30,7 @@ AXIS = "data"
 SHARED, PER_DEVICE = PartitionSpec(), PartitionSpec(AXIS)
 SETTINGS = {"negatives": 512, "learning_rate": 0.1, "n3": 0.01}
 STEPS_PER_CALL = 16
+WAYS = ("shard_map", "pmap", "both")
 
 
 class Training(NamedTuple):
@@ -111,8 +115,8 @@ def train(
     training: Training,
     first_epoch: int = 0,
     after_epoch: Callable[[int, Training, float], None] = lambda *_: None,
-) -> tuple[Training, float]:
-    """Trains to the last epoch; returns the state and the milliseconds of a step, after the first.
+) -> tuple[Training, str]:
+    """Trains to the last epoch; returns the state and what a step took, "" if that is unknown.
 
     In a run of several processes, each calls this with the same arguments.
     """
@@ -135,7 +139,9 @@ def train(
             loss = float(np.mean(losses))
             times.append(time.perf_counter() - start)
         after_epoch(epoch + 1, training, loss)
-    return training, 1e3 * float(np.mean(times[1:] or [0.0])) / STEPS_PER_CALL
+    if len(times) < 2:  # the first compiles
+        return training, ""
+    return training, f", {1e3 * float(np.mean(times[1:])) / STEPS_PER_CALL:.1f} ms a step"
 
 
 def evaluate(graph: model.Graph, training: Training, args: argparse.Namespace) -> float:
@@ -145,52 +151,55 @@ def evaluate(graph: model.Graph, training: Training, args: argparse.Namespace) -
     return model.ranking_metrics(ranks)["MRR"]
 
 
-def parser(description: str) -> argparse.ArgumentParser:
+def make_parser(file: str, doc: str | None) -> running.Parser:
     """The options that this example and multi_process.py share."""
-    options = argparse.ArgumentParser(description=description)
-    add = functools.partial(options.add_argument, type=int, metavar="N")
-    add("--epochs", default=10, help="passes over the triples (default: 10)")
-    add("--batch", default=4096, help="triples of an update, all devices together (4096)")
-    add("--micro-batches", default=8, help="gradients of an update, all devices together (8)")
-    add("--dims", default=50, help="complex dimensions (50)")
-    add("--seed", default=0, help="of tables, order and negatives (0)")
-    add("--train-triples", default=None, help="train on the first N only, for a quick look")
-    add("--test-triples", default=1000, help="rank the first N only (1000)")
-    return options
+    parser = running.Parser(file, doc)
+    parser.number("--epochs", 10, "passes over the triples")
+    parser.number("--batch", 4096, "triples of an update, all devices together")
+    parser.number("--micro-batches", 8, "gradients of an update, all devices together")
+    parser.number("--dims", 50, "complex dimensions")
+    parser.number("--seed", 0, "of tables, order and negatives", low=0)
+    parser.number("--train-triples", None, "train on the first N only, for a quick look")
+    parser.number("--test-triples", 1000, "rank the first N only")
+    return parser
 
 
-def check(options: argparse.ArgumentParser, args: argparse.Namespace, num_devices: int) -> None:
+def check(args: argparse.Namespace, num_devices: int) -> None:
     if args.micro_batches % num_devices or args.batch % args.micro_batches:
-        options.error(
-            f"{num_devices} devices, --micro-batches {args.micro_batches} and --batch {args.batch}"
-            " must each divide the next"
+        raise running.UserError(
+            f"{running.count(num_devices, 'device')}, --micro-batches {args.micro_batches} and "
+            f"--batch {args.batch} must each divide the next"
         )
-    num_triples = 2 * (args.train_triples or np.inf)
-    if args.epochs < 1 or num_triples < STEPS_PER_CALL * args.batch:
-        options.error(f"there must be an epoch at least, of {STEPS_PER_CALL} batches at least")
+    if 2 * (args.train_triples or np.inf) < STEPS_PER_CALL * args.batch:
+        raise running.UserError(f"--train-triples must fill {STEPS_PER_CALL} batches at least")
 
 
-def main() -> None:
-    options = parser(__doc__.split("\n")[0])
-    options.add_argument("--devices", type=int, default=8, metavar="N", help="devices to use (8)")
-    ways = ("shard_map", "pmap", "both")
-    options.add_argument("--way", choices=ways, default="both", help="how (default: both)")
-    args = options.parse_args()
-    check(options, args, args.devices)
+def work(args: argparse.Namespace) -> None:
+    check(args, args.devices)
     # Read once, when the first device is asked for; of no effect on other devices than CPUs.
     os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count={args.devices}")
     if len(jax.devices()) < args.devices:
-        options.error(f"there are {len(jax.devices())} devices, not {args.devices}")
+        there = running.count(len(jax.devices()), "device")
+        raise running.UserError(f"--devices {args.devices}: there is only {there}")
     graph = model.load_graph()
     runs = [(1, "shard_map")]
-    runs += [(args.devices, way) for way in ways[:2] if args.way in (way, "both")]
+    runs += [(args.devices, way) for way in WAYS[:2] if args.way in (way, "both")]
     for num_devices, args.way in runs:
         mesh = jax.make_mesh((num_devices,), (AXIS,), axis_types=(AxisType.Auto,),
                              devices=jax.devices()[:num_devices])  # fmt: skip
-        training, ms = train(mesh, graph, args, init(mesh, graph, args))
-        mrr = evaluate(graph, training, args)
-        print(f"{num_devices} devices, {args.way:9}: MRR {mrr:.4f}, {ms:.1f} ms a step", flush=True)
+        training, speed = train(mesh, graph, args, init(mesh, graph, args))
+        name = f"{running.count(num_devices, 'device')}, {args.way}:"
+        print(f"{name:21} MRR {evaluate(graph, training, args):.4f}{speed}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser(__file__, __doc__)
+    parser.number("--devices", 8, "devices to use")
+    text = "how: by jax.shard_map, jax.pmap or one after the other (default: both)"
+    parser.add_argument("--way", choices=WAYS, default="both", help=text)
+    args = parser.parse_args(argv)
+    return parser.run(lambda: work(args))
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

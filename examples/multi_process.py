@@ -8,6 +8,9 @@ from the last epoch. On real hosts each runs one process, and the address is tha
 
 from __future__ import annotations
 
+import running  # before JAX: from here on Ctrl-C ends in one line
+
+# isort: split
 import argparse
 import os
 import pathlib
@@ -53,13 +56,12 @@ def worker(args: argparse.Namespace) -> None:
             (args.out / "partial.npz").replace(checkpoint)  # so that it is always a whole one
             print(f"epoch {epoch}: loss {loss:.4f}", flush=True)
 
-    training, ms = data_parallel.train(mesh, graph, args, training, first_epoch, after_epoch)
+    training, speed = data_parallel.train(mesh, graph, args, training, first_epoch, after_epoch)
     if args.rank == 0:
         mrr = data_parallel.evaluate(graph, training, args)
-        print(
-            f"{args.processes} processes, {jax.device_count()} devices: MRR {mrr:.4f}, "
-            f"{ms:.1f} ms a step"
-        )
+        processes = running.count(args.processes, "process")
+        devices = running.count(jax.device_count(), "device")
+        print(f"{processes}, {devices}: MRR {mrr:.4f}{speed}")
 
 
 def start(args: argparse.Namespace) -> int:
@@ -70,16 +72,21 @@ def start(args: argparse.Namespace) -> int:
         address = f"127.0.0.1:{free.getsockname()[1]}"
     flags = f"--xla_force_host_platform_device_count={DEVICES_PER_PROCESS}"
     environment = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-    running = []
+    workers = []
     try:
         for rank in range(args.processes):
             command = [sys.executable, __file__, *sys.argv[1:]]
             command += [f"--rank={rank}", f"--address={address}"]
-            running.append(subprocess.Popen(command, env=environment))
+            # Ctrl-C is for the process that started them, which ends them.
+            workers.append(subprocess.Popen(command, env=environment, start_new_session=True))
         # The others learn of a death from the heartbeats, and end by themselves.
-        codes = [process.wait() for process in running]
+        codes = [process.wait() for process in workers]
+    except KeyboardInterrupt:
+        if (args.out / "checkpoint.npz").exists():
+            running.has_saved(f"{args.out / 'checkpoint.npz'}; go on with --resume")
+        raise
     finally:
-        for process in running:
+        for process in workers:
             process.kill()
             process.wait()
     failed = [rank for rank, code in enumerate(codes) if code != 0]
@@ -88,26 +95,33 @@ def start(args: argparse.Namespace) -> int:
     return int(bool(failed))
 
 
-def main() -> int:
+def work(args: argparse.Namespace) -> int:
     import data_parallel
 
-    options = data_parallel.parser(__doc__.split("\n")[0])
-    add = options.add_argument
-    add("--processes", type=int, default=2, metavar="N", help="processes to start (2)")
-    add("--heartbeat", type=int, default=10, metavar="S", help="seconds until a death is noticed")
-    add("--out", type=pathlib.Path, default=pathlib.Path("runs/multi_process"), metavar="FOLDER")
-    add("--resume", action="store_true", help="go on from the checkpoint in --out")
-    add("--rank", type=int, help=argparse.SUPPRESS)
-    add("--address", help=argparse.SUPPRESS)
-    args = options.parse_args()
     args.way = "shard_map"
-    data_parallel.check(options, args, args.processes * DEVICES_PER_PROCESS)
-    if args.resume and not (args.out / "checkpoint.npz").exists():
-        options.error(f"nothing to resume: there is no {args.out / 'checkpoint.npz'}")
+    data_parallel.check(args, args.processes * DEVICES_PER_PROCESS)
+    checkpoint = args.out / "checkpoint.npz"
+    if args.resume and not checkpoint.exists():
+        raise running.UserError(f"nothing to resume: there is no {checkpoint}")
     if args.rank is None:
         return start(args)
     worker(args)
     return 0
+
+
+def main() -> int:
+    import data_parallel
+
+    parser = data_parallel.make_parser(__file__, __doc__)
+    parser.number("--processes", 2, "processes to start")
+    parser.number("--heartbeat", 10, "seconds until a death is noticed")
+    parser.file("--out", pathlib.Path("runs/multi_process"), "for checkpoint.npz", "FOLDER")
+    add = parser.add_argument
+    add("--resume", action="store_true", help="go on from the checkpoint in --out")
+    add("--rank", type=int, help=argparse.SUPPRESS)
+    add("--address", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    return parser.run(lambda: work(args))
 
 
 if __name__ == "__main__":

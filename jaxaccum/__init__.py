@@ -21,6 +21,7 @@ from jaxaccum._optimizers.accumulate import accumulate
 from jaxaccum._optimizers.apply_updates import apply_updates, count_invalid
 from jaxaccum._optimizers.catch_up import CatchUpState
 from jaxaccum._optimizers.freeze_rows import freeze_rows
+from jaxaccum._optimizers.grow_tables import grow_tables
 from jaxaccum._optimizers.lazy_rows import lazy_rows
 from jaxaccum._optimizers.micro_batch_state import MicroBatchState
 from jaxaccum._optimizers.rowwise_adagrad import (
@@ -41,6 +42,7 @@ from jaxaccum._tensorflow.conditional_accumulator import SparseConditionalAccumu
 from jaxaccum._tensorflow.dense_accumulator import ConditionalAccumulator
 from jaxaccum._tensorflow.sparse_gradient import SparseGradient
 
+__version__ = "0.1.0"
 __all__ = [
     "AccumulatorState",
     "Applied",
@@ -72,6 +74,7 @@ __all__ = [
     "freeze_rows",
     "global_norm",
     "grow",
+    "grow_tables",
     "init",
     "lazy_rows",
     "map_values",

@@ -1,6 +1,5 @@
 """Strictness for every test: no silent promotion, several devices, x64 by ``JAX_ENABLE_X64``."""
 
-import contextlib
 import importlib.metadata
 import os
 
@@ -83,8 +82,14 @@ def optax_promotes():
 @pytest.fixture
 def as_it_comes():
     """JAX with the settings of a user who has set nothing, for what the documentation shows."""
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(jax.numpy_dtype_promotion("standard"))
-        stack.enter_context(jax.numpy_rank_promotion("allow"))
-        stack.enter_context(jax.enable_x64(False))
-        yield
+    settings = {
+        "jax_numpy_dtype_promotion": "standard",
+        "jax_numpy_rank_promotion": "allow",
+        "jax_enable_x64": False,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, setting in settings.items():
+        jax.config.update(name, setting)  # in all threads
+    yield
+    for name, setting in before.items():
+        jax.config.update(name, setting)

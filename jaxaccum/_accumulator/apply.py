@@ -137,8 +137,16 @@ class _Part(NamedTuple):
         return add_claimed(state, claim, self.ids, self.values, touches)
 
 
-# Why a gradient is refused: the first that holds is its verdict.
-_IN_ORDER = (Verdict.STALE, Verdict.INVALID, Verdict.SKIPPED, Verdict.OVERFLOW)
+def judge(
+    is_stale: jax.Array, is_invalid: jax.Array, is_skipped: jax.Array, fits: jax.Array
+) -> jax.Array:
+    """The `Verdict` on a gradient, of the first reason to refuse it if there are several."""
+    refused = (Verdict.STALE, Verdict.INVALID, Verdict.SKIPPED, Verdict.OVERFLOW)
+    return jnp.select(
+        [is_stale, is_invalid, is_skipped, ~fits],
+        [jnp.int32(verdict) for verdict in refused],
+        jnp.int32(Verdict.ACCEPTED),
+    )
 
 
 def _on_mesh(grad: IndexedSlices, state: AccumulatorState) -> IndexedSlices:
@@ -147,6 +155,7 @@ def _on_mesh(grad: IndexedSlices, state: AccumulatorState) -> IndexedSlices:
 
 
 @jax.jit
+@jax.named_scope("jaxaccum.apply")
 def apply_all(
     states: list[AccumulatorState],
     grads: list[IndexedSlices],
@@ -163,7 +172,9 @@ def apply_all(
     grads = [_on_mesh(grad, state) for state, grad in zip(states, grads, strict=True)]
     pairs = list(zip(states, grads, strict=True))
     rows = [table_rows(grad, state.dense_shape[0]) for state, grad in pairs]
-    is_invalid = functools.reduce(operator.or_, (bad for _, bad in rows), jnp.bool_(False))
+    is_invalid = functools.reduce(
+        operator.or_, (jnp.any(is_bad) for _, is_bad in rows), jnp.bool_(False)
+    )
     is_refused = is_stale | is_invalid | is_skipped
     parts = [
         _bid(
@@ -174,11 +185,7 @@ def apply_all(
         for (state, grad), (ids, _) in zip(pairs, rows, strict=True)
     ]
     fits = functools.reduce(operator.and_, (part.fits for part in parts), jnp.bool_(True))
-    verdict = jnp.select(
-        [is_stale, is_invalid, jnp.asarray(is_skipped), ~fits],
-        [jnp.int32(v) for v in _IN_ORDER],
-        jnp.int32(Verdict.ACCEPTED),
-    )
+    verdict = judge(is_stale, is_invalid, jnp.asarray(is_skipped), fits)
     num_needed = [part.num_needed for part in parts]
     is_accepted = verdict == Verdict.ACCEPTED
     touches = jnp.int32(1) if weight is None else weight
@@ -190,7 +197,6 @@ def apply_all(
 
 
 def _bid(state: AccumulatorState, ids: jax.Array, values: jax.Array) -> _Part:
-    ids, values = _not_none(ids, values)
     row_index, bid = state.row_index.bid(ids, state.capacity)
     return _Part(state, row_index, bid, ids, values)
 
@@ -199,17 +205,18 @@ def add_rows(
     state: AccumulatorState, ids: jax.Array, values: jax.Array, touches: jax.Array
 ) -> tuple[AccumulatorState, jax.Array]:
     """Adds ``values`` to the rows ``ids`` and ``touches`` to their counts, if all of them fit."""
-    ids, values = _not_none(ids, values)
     row_index, claim = state.row_index.claim(ids, state.num_rows, state.capacity)
     state = dataclasses.replace(state, row_index=row_index)
     return add_claimed(state, claim, ids, values, touches), claim.fits
 
 
-def _not_none(ids: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
+def not_none(grad: IndexedSlices) -> IndexedSlices:
     """One slice of padding in place of none: nothing can be gathered from an empty array."""
-    if ids.shape[0]:
-        return ids, values
-    return jnp.full(1, NOWHERE, jnp.int32), jnp.zeros((1, *values.shape[1:]), values.dtype)
+    if grad.indices.shape[0]:
+        return grad
+    indices = jnp.full(1, grad.padding_index, grad.indices.dtype)
+    values = jnp.zeros((1, *grad.values.shape[1:]), grad.values.dtype)
+    return IndexedSlices(indices, values, grad.dense_shape)
 
 
 def add_claimed(
@@ -226,10 +233,6 @@ def add_claimed(
     Of the slices of a claim some may be added, and the others later; then ``is_whole`` is false,
     and the new rows among the first are anywhere in the free slots.
     """
-    # Repetitions all write the same count: a gradient counts once for each row it touches.
-    counts = state.counts.at[claim.slot].get(mode="fill", fill_value=0)
-    is_float = jnp.issubdtype(counts.dtype, jnp.floating)
-    counts = counts + touches.astype(counts.dtype) if is_float else saturating_add(counts, touches)
     on_tpu = _add_by_block if is_whole else _add_by_row
     indices, sums = jax.lax.platform_dependent(
         state, claim, ids, values.astype(state.values.dtype), tpu=on_tpu, default=_add_by_row
@@ -238,7 +241,7 @@ def add_claimed(
         state,
         indices=indices,
         values=sums,
-        counts=state.counts.at[claim.slot].set(counts, mode="drop"),
+        counts=count_touches(state.counts, claim.slot, touches),
         num_rows=state.num_rows + jnp.where(claim.fits, claim.num_new, 0),
     )
 
@@ -249,11 +252,9 @@ def _add_by_row(
     """Returns the indices and the sums with the slices added."""
     dropped = state.capacity + jnp.arange(ids.shape[0], dtype=jnp.int32)
     new = jnp.where(claim.is_first & claim.fits, claim.slot, dropped)
-    # The first slice of a new row overwrites what the slot was left with, which spares zeroing the
-    # values at every take; the others add. Dropped slices cost next to nothing.
-    sums = state.values.at[new].set(values, mode="drop", unique_indices=True)
-    sums = sums.at[jnp.where(claim.is_first, NOWHERE, claim.slot)].add(values, mode="drop")
-    return state.indices.at[new].set(ids, mode="drop", unique_indices=True), sums
+    rest = jnp.where(claim.is_first, NOWHERE, claim.slot)
+    indices = state.indices.at[new].set(ids, mode="drop", unique_indices=True)
+    return indices, write_slices(state.values, new, rest, values)
 
 
 def _add_by_block(
@@ -284,14 +285,36 @@ def _add_by_block(
     return indices, sums.at[claim.slot].add(values, mode="drop")
 
 
+def write_slices(sums: jax.Array, new: jax.Array, rest: jax.Array, slices: jax.Array) -> jax.Array:
+    """Writes slices over the slots ``new``, and adds them to those of ``rest``; drops the others.
+
+    The first slice of a new row overwrites what the slot was left with, which spares zeroing the
+    sums at every take. Dropped slices cost next to nothing.
+    """
+    slices = slices.astype(sums.dtype)
+    sums = sums.at[new].set(slices, mode="drop", unique_indices=True)
+    return sums.at[rest].add(slices, mode="drop")
+
+
+def count_touches(counts: jax.Array, slot: jax.Array, touches: jax.Array) -> jax.Array:
+    """Adds ``touches`` to the counts of slots, once for each that is there, however often."""
+    # Repetitions all write the same count: a gradient counts once for each row it touches.
+    touched = counts.at[slot].get(mode="fill", fill_value=0)
+    is_float = jnp.issubdtype(counts.dtype, jnp.floating)
+    touched = (
+        touched + touches.astype(counts.dtype) if is_float else saturating_add(touched, touches)
+    )
+    return counts.at[slot].set(touched, mode="drop")
+
+
 def table_rows(grad: IndexedSlices, rows: int | None) -> tuple[jax.Array, jax.Array]:
-    """Row of each slice, NOWHERE for padding, and whether any index is out of range."""
+    """Row of each slice, NOWHERE for padding; and which indices are out of range."""
     padding = grad.padding_index
     limit = padding if rows is None else min(rows, padding)
     is_padding = grad.indices == padding
     in_range = (grad.indices >= 0) & (grad.indices < limit)
     ids = jnp.where(in_range, grad.indices, NOWHERE).astype(jnp.int32)
-    return ids, jnp.any(~(in_range | is_padding))
+    return ids, ~(in_range | is_padding)
 
 
 def check_matches(state: AccumulatorState, grad: IndexedSlices) -> None:

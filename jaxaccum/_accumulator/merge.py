@@ -42,6 +42,8 @@ def merge(state: AccumulatorState, other: AccumulatorState) -> tuple[Accumulator
       >>> both, verdict = jaxaccum.merge(one, one)
       >>> both.num_accumulated, both.values[0]
       (Array(2, dtype=int32), Array([2.], dtype=float32))
+
+    Source: of this package.
     """
     _check_mergeable(state, other)
     return _merge(state, other)
@@ -54,6 +56,9 @@ def grow(state: AccumulatorState, capacity: int) -> AccumulatorState:
       state: the accumulator.
       capacity: of the copy, at least the present one.
 
+    Returns:
+      The same state; its ``indices``, ``values`` and ``counts`` are ``[capacity, ...]``.
+
     Raises:
       ValueError: ``capacity`` is less than the present one.
 
@@ -61,6 +66,8 @@ def grow(state: AccumulatorState, capacity: int) -> AccumulatorState:
       >>> import jaxaccum
       >>> jaxaccum.grow(jaxaccum.init((100, 1), capacity=3), 6).capacity
       6
+
+    Source: of this package.
     """
     capacity = operator.index(capacity)
     if capacity < state.capacity:
@@ -77,6 +84,7 @@ def grow(state: AccumulatorState, capacity: int) -> AccumulatorState:
 
 
 @jax.jit
+@jax.named_scope("jaxaccum.merge")
 def _merge(state: AccumulatorState, other: AccumulatorState) -> tuple[AccumulatorState, jax.Array]:
     slot = jnp.arange(other.capacity, dtype=jnp.int32)
     ids = jnp.where(slot < other.num_rows, other.indices, NOWHERE)

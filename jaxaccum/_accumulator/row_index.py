@@ -39,6 +39,7 @@ class Bid(NamedTuple):
       held: int32 ``[n]``, the slot a row has; NOWHERE if it has none, and for skipped ids.
       rank: int32 ``[n]``, which of the new rows it is; NOWHERE for all other ids.
       is_first: bool ``[n]``, as in `Claim`.
+      before: int32 ``[n + 1]``, how many of ``is_first`` come before each, and in all.
       num_new: int32 ``[]``, how many rows are new.
     """
 
@@ -46,6 +47,7 @@ class Bid(NamedTuple):
     held: jax.Array
     rank: jax.Array
     is_first: jax.Array
+    before: jax.Array
     num_new: jax.Array
 
     def fits(self, num_rows: jax.Array, capacity: int) -> jax.Array:
@@ -81,6 +83,7 @@ class DirectMap:
         """Returns the map of a table of ``rows`` rows, none of them held."""
         return cls(jnp.full(max(rows, 1), NOWHERE, jnp.int32))
 
+    @jax.named_scope("jaxaccum.claim")
     def bid(self, ids: jax.Array, capacity: int) -> tuple[DirectMap, Bid]:
         """Finds out which rows have a slot and which are new; `settle` must follow."""
 
@@ -92,6 +95,7 @@ class DirectMap:
         )
         return DirectMap(slots), bid
 
+    @jax.named_scope("jaxaccum.claim")
     def settle(
         self, bid: Bid, num_rows: jax.Array, capacity: int, fits: jax.Array
     ) -> tuple[DirectMap, Claim]:
@@ -142,7 +146,8 @@ def _bid_in_map(slots: jax.Array, ids: jax.Array, capacity: int) -> tuple[jax.Ar
     is_held = winner < capacity
     position = jnp.where(is_held, NOWHERE, winner - capacity)
     rank = before[:-1].at[position].get(mode="fill", fill_value=NOWHERE)
-    return slots, Bid(ids, jnp.where(is_held, winner, NOWHERE), rank, is_first, before[-1])
+    held = jnp.where(is_held, winner, NOWHERE)
+    return slots, Bid(ids, held, rank, is_first, before, before[-1])
 
 
 def _look_up_sorted(slots: jax.Array, ids: jax.Array) -> tuple[jax.Array, Bid]:
@@ -160,7 +165,8 @@ def _look_up_sorted(slots: jax.Array, ids: jax.Array) -> tuple[jax.Array, Bid]:
     num_new = jnp.cumsum(is_first, dtype=jnp.int32)
     rank = jnp.where(is_new, num_new - 1, NOWHERE)
     _, held, rank, first = jax.lax.sort((order, held, rank, is_first.astype(jnp.int32)), num_keys=1)
-    return vary_like(slots, along=ids), Bid(ids, held, rank, first == 1, num_new[-1])
+    bid = Bid(ids, held, rank, first == 1, count_before(first == 1), num_new[-1])
+    return vary_like(slots, along=ids), bid
 
 
 # A sort costs about 30 ns a slot on a CPU, a bitmap about 0.25 ns a row.
@@ -297,6 +303,7 @@ def _advance(place: jax.Array, step: jax.Array, num_places: int) -> jax.Array:
 _Probe = tuple[jax.Array, jax.Array, jax.Array]  # keys; place and "still probing" of each id
 
 
+@jax.named_scope("jaxaccum.claim")
 def _insert(keys: jax.Array, ids: jax.Array, capacity: int) -> tuple[jax.Array, jax.Array]:
     """Enters ids into the table: new keys, and the place of each id.
 

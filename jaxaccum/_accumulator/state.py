@@ -13,7 +13,7 @@ import numpy as np
 from jax.typing import ArrayLike, DTypeLike
 
 from jaxaccum._accumulator.row_index import DirectMap, HashTable
-from jaxaccum._rows.public import public, pytree
+from jaxaccum._rows.public import one_line, public, pytree
 from jaxaccum._rows.row_arithmetic import sum_dtype
 from jaxaccum._rows.shapes import canonical_shape, padding_index
 
@@ -24,7 +24,17 @@ were accepted, or nothing."""
 
 @public
 class Verdict(enum.IntEnum):
-    """What became of a gradient. Compare with ``==``; inside ``jit`` it is an int32 scalar."""
+    """What became of a gradient. Compare with ``==``; inside ``jit`` it is an int32 scalar.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxaccum
+      >>> grad = jaxaccum.IndexedSlices(jnp.array([-1]), jnp.ones((1, 1)), (9, 1))
+      >>> _, verdict = jaxaccum.apply(jaxaccum.init((9, 1), capacity=3), grad)
+      >>> verdict == jaxaccum.Verdict.INVALID, jaxaccum.Verdict(verdict).name
+      (Array(True, dtype=bool), 'INVALID')
+
+    Source: of this package; TensorFlow drops what is stale without a word.
+    """
 
     ACCEPTED = 0
     """Added to the accumulator."""
@@ -36,6 +46,26 @@ class Verdict(enum.IntEnum):
     """An index below zero or beyond the padding index: nothing was added."""
     SKIPPED = 4
     """Its values are not wanted: nothing was added. Only where `accumulate` is told to skip."""
+
+    __str__ = enum.Enum.__str__  # the name; by itself an IntEnum prints the number
+
+    @classmethod
+    def _missing_(cls, value: object) -> Verdict | None:
+        # What functions return: an int32 scalar, which no member is found by.
+        return cls(int(value)) if isinstance(value, jax.Array) and value.ndim == 0 else None
+
+
+def verdict_name(verdict: np.ndarray) -> str:
+    """The name of a verdict, for one line of text; of many verdicts what they are."""
+    return Verdict(int(verdict)).name if verdict.ndim == 0 else str(verdict.tolist())
+
+
+def counts_by_name(counts: np.ndarray) -> str:
+    """Counts of verdicts that are not zero, by name; of many devices what they are."""
+    if counts.ndim != 1:
+        return str(counts.tolist())
+    shown = (f"{v.name}: {n}" for v, n in zip(Verdict, counts.tolist(), strict=True) if n)
+    return f"{{{', '.join(shown)}}}"
 
 
 @public
@@ -89,24 +119,34 @@ class AccumulatorState:
       dense_shape: shape of the whole gradient, ``(rows or None, *row)``. Static.
       dtype: of the gradients that come in and go out. Static.
       reduction: ``"mean_per_row"``, ``"mean_per_gradient"`` or ``"sum"``. Static.
+
+    Example:
+      >>> import jaxaccum
+      >>> jaxaccum.init((1_000_000, 64), capacity=4096).values.shape
+      (4096, 64)
+
+    Source: TensorFlow's ``ConditionalAccumulator``, which keeps such a state in a resource.
     """
 
-    indices: jax.Array
+    indices: jax.Array = dataclasses.field(repr=False)
     values: jax.Array
-    counts: jax.Array
+    counts: jax.Array = dataclasses.field(repr=False)
     num_rows: jax.Array
     num_accumulated: jax.Array
     global_step: jax.Array
     verdict_counts: jax.Array
-    num_shared: jax.Array
-    shared_verdicts: jax.Array
-    row_index: DirectMap | HashTable
+    num_shared: jax.Array = dataclasses.field(repr=False)
+    shared_verdicts: jax.Array = dataclasses.field(repr=False)
+    row_index: DirectMap | HashTable = dataclasses.field(repr=False)
     total_weight: jax.Array | None
     staleness_counts: jax.Array | None
-    shared_staleness: jax.Array | None
+    shared_staleness: jax.Array | None = dataclasses.field(repr=False)
     dense_shape: tuple[int | None, ...]
-    dtype: np.dtype
+    dtype: np.dtype = dataclasses.field(repr=False)
     reduction: Reduction
+
+    def __repr__(self) -> str:
+        return one_line(self, verdict_counts=counts_by_name)
 
     @property
     def capacity(self) -> int:

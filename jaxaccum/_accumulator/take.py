@@ -75,6 +75,7 @@ def _take(
     return *take_if(state, ready), ready
 
 
+@jax.named_scope("jaxaccum.take")
 def take_if(state: AccumulatorState, ready: jax.Array) -> tuple[AccumulatorState, IndexedSlices]:
     """Takes everything where ``ready``, a bool scalar; else the gradient is all padding.
 

@@ -30,13 +30,15 @@ class Applied(NamedTuple):
 
     Attributes:
       verdict: ``Verdict.ACCEPTED`` or ``Verdict.STALE``.
-      global_step: the accumulator's step now: what a refused worker has to catch up with.
+      global_step: a scalar, the accumulator's step now: what a refused worker has to catch up with.
 
     Example:
       >>> import jax.numpy as jnp, jaxaccum
       >>> acc = jaxaccum.TreeAccumulator(jnp.zeros(2))
       >>> acc.apply_grad(jnp.ones(2), local_step=-1)
       Applied(verdict=<Verdict.STALE: 1>, global_step=0)
+
+    Source: TensorFlow's accumulators answer nothing; its workers read the global step anew.
     """
 
     verdict: Verdict

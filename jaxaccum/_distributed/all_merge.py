@@ -149,6 +149,8 @@ def all_take(
       >>> indices, ready = jax.pmap(step, axis_name="data")(jnp.array([7]))
       >>> ready, indices[0]
       (Array([ True], dtype=bool), Array([  7, 100, 100, 100], dtype=int32))
+
+    Source: `all_merge` and `take`; of this package.
     """
     required = as_required(num_required)
     union = exchange_union(state, axis_name, max_rows, exchange)

@@ -25,7 +25,7 @@ def all_sum(grads: PyTree, axis_name: AxisName) -> PyTree:
       axis_name: the axis to sum over, or a tuple of axes.
 
     Returns:
-      The tree of sums.
+      The tree of sums; of ``n`` slices on each of ``m`` devices ``[m * n, *row]``.
 
     Raises:
       ValueError: called outside ``axis_name``.
@@ -37,6 +37,8 @@ def all_sum(grads: PyTree, axis_name: AxisName) -> PyTree:
       ...     return jaxaccum.all_sum(grad, "data").to_dense()
       >>> jax.pmap(total, axis_name="data")(jnp.array([7]))[0, 7]
       Array([1.], dtype=float32)
+
+    Source: ``jax.lax.psum``, for trees that hold rows.
     """
     axis_size(axis_name)
 

@@ -147,6 +147,7 @@ def _from_words(words: jax.Array, dtype: Any) -> jax.Array:
     return jax.lax.bitcast_convert_type(words, dtype)
 
 
+@jax.named_scope("jaxaccum.exchange")
 def exchange_union(
     state: AccumulatorState,
     axis_name: AxisName,
@@ -263,6 +264,9 @@ def _exchange_dense(
     slot = jnp.where(is_row & (slot < size), slot, NOWHERE)
     every_row = jnp.arange(num_devices * share, dtype=jnp.int32)
     distinct = jnp.full(size, NOWHERE, jnp.int32).at[slot].set(every_row, mode="drop")
+    # Of the whole table the rows that are held are gathered: as many are scattered later.
+    slot = jnp.where(distinct == NOWHERE, NOWHERE, jnp.arange(size, dtype=jnp.int32))
+    values, counts = (x.at[distinct].get(mode="fill", fill_value=0) for x in (values, counts))
     return tally, UnionRows(distinct, num_rows, slot[None], values[None], counts[None])
 
 

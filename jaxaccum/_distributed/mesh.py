@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.typing import ArrayLike, DTypeLike
 
+from jaxaccum._accumulator.pooled_rows import PooledRows, RowSums
 from jaxaccum._accumulator.state import AccumulatorState, Reduction, init
 from jaxaccum._distributed.exchange import AxisName, as_names
 from jaxaccum._rows.shapes import canonical_shape
@@ -49,6 +50,8 @@ def replicate(state: AccumulatorState, mesh: Mesh, axis_name: AxisName) -> Accum
       >>> states = jaxaccum.replicate(jaxaccum.init((100, 2), capacity=8), mesh, "data")
       >>> states.values.shape[1:]
       (8, 2)
+
+    Source: ``flax.jax_utils.replicate``, for a mesh.
     """
     num_devices = _count_devices(mesh, axis_name)
     _check_alike(
@@ -112,6 +115,8 @@ def shard_init(
       >>> shape = (jax.device_count() * 100, 2)
       >>> jaxaccum.shard_init(shape, mesh, "rows", capacity=8).dense_shape
       (100, 2)
+
+    Source: of this package.
     """
     rows, *row = canonical_shape(dense_shape)
     if rows is None:
@@ -157,6 +162,8 @@ def shard_rows(
       >>> table = jaxaccum.shard_rows(table, mesh, "rows", tables=True)
       >>> table.addressable_shards[0].data.shape
       (4, 2)
+
+    Source: ``jax.device_put`` with a ``jax.sharding.NamedSharding`` for each leaf.
     """
     specs = shard_specs(tree, axis_name, tables=tables, params=params)
     _count_devices(mesh, axis_name)
@@ -211,19 +218,22 @@ def shard_specs(
       >>> state = optax.trace(0.9).init(params)
       >>> jaxaccum.shard_specs(state, "rows", tables=tables, params=params).trace
       {'rates': P(), 'table': P('rows',)}
+
+    Source: the ``in_specs`` of ``jax.shard_map``.
     """
     owners = _find_owners(tree if params is None else params, tables)
 
     def spec(path: KeyPath, leaf: PyTree) -> PyTree:
-        if isinstance(leaf, AccumulatorState):
-            axes = (axis_name,) if leaf.num_rows.ndim else ()
+        if _is_gathered(leaf):
+            by_device = _is_accumulator(leaf) and leaf.num_rows.ndim > 0
+            axes = (axis_name,) if by_device else ()
             return jax.tree.map(lambda _: _make_spec(*axes), leaf)
         starts = (path[start:] for start in range(len(path) + 1))
         rows = next((owners[end] for end in starts if end in owners), None)
         by_row = rows is not None and np.shape(leaf)[:1] == (rows,)
         return _make_spec(axis_name) if by_row else _make_spec()
 
-    return jax.tree_util.tree_map_with_path(spec, tree, is_leaf=_is_accumulator)
+    return jax.tree_util.tree_map_with_path(spec, tree, is_leaf=_is_gathered)
 
 
 def drop_device_axis(fun: Callable[..., Result]) -> Callable[..., Result]:
@@ -257,6 +267,8 @@ def drop_device_axis(fun: Callable[..., Result]) -> Callable[..., Result]:
       >>> states = add(states, jnp.arange(2 * jax.device_count()))
       >>> states.num_rows[-1]
       Array(2, dtype=int32)
+
+    Source: of this package; what `jax.pmap` does by itself.
     """
 
     def drop(node: PyTree) -> PyTree:
@@ -293,6 +305,11 @@ def _find_owners(params: PyTree, tables: Tables) -> dict[KeyPath, int | None]:
 
 def _is_accumulator(node: object) -> bool:
     return isinstance(node, AccumulatorState)
+
+
+def _is_gathered(node: object) -> bool:
+    """Whether its rows are those that were gathered, not those of a table."""
+    return isinstance(node, AccumulatorState | PooledRows | RowSums)
 
 
 def _make_spec(*axes: AxisName) -> PartitionSpec:

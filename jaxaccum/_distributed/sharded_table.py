@@ -79,6 +79,8 @@ def all_apply(
       >>> count, verdict = jax.pmap(step, axis_name="rows")(jnp.tile(jnp.array([7, 3]), (n, 1)))
       >>> count[0] == n
       Array(True, dtype=bool)
+
+    Source: the row-wise sharding of TorchRec, whose devices exchange rows by an all-to-all.
     """
     num_devices = axis_size(axis_name)
     shard_length = _get_length(state)
@@ -88,7 +90,8 @@ def all_apply(
     check_matches(dataclasses.replace(state, dense_shape=whole), grad)
     step = None if local_step is None else as_int32(local_step, "local_step")
     is_stale = jnp.bool_(False) if step is None else step < state.global_step
-    ids, is_invalid = table_rows(grad, rows)
+    ids, is_bad = table_rows(grad, rows)
+    is_invalid = jnp.any(is_bad)
     ids = jnp.where(is_stale | is_invalid, NOWHERE, ids)
     verdict = jnp.where(is_invalid, jnp.int32(Verdict.INVALID), jnp.int32(Verdict.ACCEPTED))
     verdict = jnp.where(is_stale, jnp.int32(Verdict.STALE), verdict)
@@ -148,13 +151,16 @@ def all_lookup(
       ...                 axis_name="rows")
       >>> find(table, jnp.full((len(table), 1), 3))[-1]
       Array([[6., 7.]], dtype=float32)
+
+    Source: the row-wise sharding of TorchRec, whose devices exchange rows by an all-to-all.
     """
     num_devices = axis_size(axis_name)
     rows = shard.shape[0] * num_devices
     # A gradient without columns: its ids are checked and read as those of any other.
     asked = IndexedSlices(ids, jnp.zeros((jnp.shape(ids)[0], 0), jnp.float32), (rows, 0))
     asked = as_device_slices(asked)
-    wanted, is_invalid = table_rows(asked, rows)
+    wanted, is_bad = table_rows(asked, rows)
+    is_invalid = jnp.any(is_bad)
     route_ids = _make_router(shard.shape[0], num_devices, bucket, wanted.shape[0])
     route = route_ids(wanted)
     if route.source.shape[1] < wanted.shape[0]:
@@ -235,6 +241,7 @@ def _route_distinct(route_ids: _Router, ids: jax.Array) -> _Route:
     return route._replace(position=position)
 
 
+@jax.named_scope("jaxaccum.exchange")
 def _deliver(route: _Route, x: jax.Array, fill: int, axis_name: AxisName) -> jax.Array:
     """What all devices send here of their ``x [b, ...]``: ``[n, k, ...]``."""
     if x.shape[0] == 0:  # nothing to gather from an empty array

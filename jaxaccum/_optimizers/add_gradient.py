@@ -9,13 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from jaxaccum._accumulator.apply import apply_all
+from jaxaccum._accumulator.pooled_rows import PooledRows, add_to_pools
 from jaxaccum._accumulator.staleness import count_gradient, find_staleness, find_weight, weigh
 from jaxaccum._accumulator.state import Verdict, as_int32
+from jaxaccum._distributed.exchange import axis_size
 from jaxaccum._optimizers.micro_batch_state import (
+    LeafSum,
     MicroBatchState,
     Options,
-    is_accumulator,
+    list_sums,
+    params_structure,
+    with_sums,
 )
 from jaxaccum._rows.indexed_slices import as_slices, check_indices
 from jaxaccum._rows.row_arithmetic import promote_dtypes
@@ -71,19 +75,17 @@ def admission(
 
 def check_gradient(options: Options, state: MicroBatchState, updates: PyTree) -> Gradient:
     """Returns the leaves of ``updates``; raises if they do not fit the sums, whatever they hold."""
-    treedef: Any
-    paths, treedef = jax.tree_util.tree_flatten_with_path(state.sums, is_leaf=is_accumulator)
     try:
-        grads = treedef.flatten_up_to(updates)
+        grads = params_structure(state).flatten_up_to(updates)
     except ValueError as err:
         raise ValueError(f"updates must be a tree like the params: {err}") from None
     leaves, dtypes = [], []
-    for grad, (path, total) in zip(grads, paths, strict=True):
-        leaf = _checked(grad, total, jax.tree_util.keystr(path))
-        if is_slices(leaf) and options.on_overflow == "step":
-            _check_room(leaf, total, jax.tree_util.keystr(path))
+    for grad, held in zip(grads, list_sums(state), strict=True):
+        leaf = _checked(grad, held)
+        if held.is_table and options.on_overflow == "step":
+            _check_room(leaf, held)
         dtypes.append(leaf.values.dtype if is_slices(leaf) else leaf.dtype)
-        leaves.append(_widened(leaf, total))
+        leaves.append(_widened(leaf, held.total))
     return Gradient(leaves, dtypes)
 
 
@@ -102,7 +104,7 @@ def add_gradient(
     """
     if is_open is not None:
         admitted = admitted._replace(is_skipped=admitted.is_skipped | ~is_open)
-    sums, verdict, num_needed = _add_to_sums(state, grad.leaves, admitted)
+    sums, rows, verdict, num_needed = _add_to_sums(state, grad.leaves, admitted)
     is_early = (verdict == Verdict.OVERFLOW) & (options.on_overflow == "step")
     _raise_if_refused(verdict, state, grad.leaves, options)
     # What is still to come, or has come before, counts as nothing.
@@ -111,9 +113,27 @@ def add_gradient(
         counted = jnp.where(is_open, counted, -1)
         verdict = jnp.where(is_open, verdict, state.verdict)
     state = dataclasses.replace(
-        state, sums=sums, peak_rows=jnp.maximum(state.peak_rows, num_needed), verdict=verdict
+        state,
+        sums=sums,
+        rows=rows,
+        peak_rows=jnp.maximum(state.peak_rows, num_needed),
+        early_rows=jnp.where(
+            is_early,
+            jnp.maximum(state.early_rows, _extrapolate(options, state, num_needed)),
+            state.early_rows,
+        ),
+        verdict=verdict,
     )
     return count_gradient(state, counted, admitted.staleness, admitted.weight), is_early
+
+
+def _extrapolate(options: Options, state: MicroBatchState, num_needed: jax.Array) -> jax.Array:
+    """How many rows as many gradients as a step requires may touch, if those here touch so many."""
+    devices = 1 if options.axis_name is None else axis_size(options.axis_name)
+    required = jnp.asarray(options.required(state), jnp.float32) / devices
+    there = (state.num_accumulated + 1).astype(jnp.float32)
+    rows = jnp.ceil(num_needed.astype(jnp.float32) * jnp.maximum(required / there, 1.0))
+    return jnp.minimum(rows, 2.0**30).astype(jnp.int32)
 
 
 def _is_skipped(
@@ -123,41 +143,41 @@ def _is_skipped(
     if options.skip is None:
         return jnp.bool_(False)
     values = [zero_padding(g).values if is_slices(g) else g for g in grad.leaves]
-    treedef = jax.tree.structure(state.sums, is_leaf=is_accumulator)
-    answer = options.skip(jax.tree.unflatten(treedef, values), state.global_step, params)
+    updates = jax.tree.unflatten(params_structure(state), values)
+    answer = options.skip(updates, state.global_step, params)
     # optax's predicates also return what they found.
     return jnp.asarray(answer[0] if isinstance(answer, tuple) else answer, bool)
 
 
-def _checked(grad: Any, total: Any, path: str) -> Any:
-    name = f"updates{path}"
-    if not is_accumulator(total):
+def _checked(grad: Any, held: LeafSum) -> Any:
+    name = f"updates{held.path}"
+    if not held.is_table:
         if is_slices(grad):
             raise TypeError(f"{name} is an IndexedSlices, but tables does not select it")
         grad = jnp.asarray(grad)
-        if grad.shape != total.shape:
-            raise ValueError(f"{name} must have shape {total.shape}, got {grad.shape}")
+        if grad.shape != held.shape:
+            raise ValueError(f"{name} must have shape {held.shape}, got {grad.shape}")
         return grad
     if not is_slices(grad):
         raise TypeError(f"{name} is selected by tables and must be an IndexedSlices, got {grad!r}")
     grad = as_slices(grad, name)
-    rows, shape = grad.num_rows, total.dense_shape
-    if grad.values.shape[1:] != shape[1:] or rows not in (None, shape[0]):
+    if grad.values.shape[1:] != held.shape[1:] or grad.num_rows not in (None, held.shape[0]):
         raise ValueError(
-            f"{name} has shape {(rows, *grad.values.shape[1:])}, but state.sums{path} is of a "
-            f"table of shape {shape}: state must be what init returned for these params"
+            f"{name} has shape {(grad.num_rows, *grad.values.shape[1:])}, but "
+            f"state.sums{held.path} is of a table of shape {held.shape}: state must be what init "
+            "returned for these params"
         )
     return grad
 
 
-def _check_room(grad: Any, total: Any, path: str) -> None:
-    """Raises if a single gradient could touch more rows than there is room for."""
-    rows, slices = total.dense_shape[0], grad.indices.shape[0]
-    if total.capacity < min(slices, rows):
+def _check_room(grad: Any, held: LeafSum) -> None:
+    """Raises if a single gradient could touch more rows than can be held."""
+    rows, slices = held.shape[0], grad.indices.shape[0]
+    if (held.capacity or 0) < min(slices, rows):
         raise ValueError(
-            f"capacity {total.capacity} of params{path} must be at least {min(slices, rows)}: one "
-            f"gradient has {slices} slices of {rows} rows, which must fit into emptied sums; or "
-            "refuse what does not fit, by on_overflow='refuse'"
+            f"capacity {held.capacity} of params{held.path} must be at least {min(slices, rows)}: "
+            f"one gradient has {slices} slices of {rows} rows, which must fit into emptied sums; "
+            "or refuse what does not fit, by on_overflow='refuse'"
         )
 
 
@@ -171,11 +191,12 @@ def _widened(grad: Any, total: Any) -> Any:
 
 def _add_to_sums(
     state: MicroBatchState, grads: list[Any], admitted: Admission
-) -> tuple[PyTree, jax.Array, jax.Array]:
+) -> tuple[PyTree, tuple[PooledRows, ...], jax.Array, jax.Array]:
     """Adds one gradient to all sums or to none; tells how many rows each table needs for it."""
-    sums, treedef = jax.tree.flatten(state.sums, is_leaf=is_accumulator)
-    tables = [i for i, total in enumerate(sums) if is_accumulator(total)]
-    added, verdict, num_needed = apply_all(
+    held = list_sums(state)
+    sums, tables = [h.total for h in held], [i for i, h in enumerate(held) if h.is_table]
+    rows, added, verdict, num_needed = add_to_pools(
+        state.rows,
         [sums[i] for i in tables],
         [grads[i] for i in tables],
         admitted.is_stale,
@@ -183,15 +204,12 @@ def _add_to_sums(
         admitted.weight,
     )
     is_accepted = verdict == Verdict.ACCEPTED
-    results = [
-        total
-        if i in tables
-        else total + jnp.where(is_accepted, weigh(grad, admitted.weight, grad.dtype), 0)
-        for i, (total, grad) in enumerate(zip(sums, grads, strict=True))
-    ]
     for i, total in zip(tables, added, strict=True):
-        results[i] = total
-    return jax.tree.unflatten(treedef, results), verdict, num_needed
+        sums[i] = total
+    for i in set(range(len(sums))) - set(tables):
+        more = weigh(grads[i], admitted.weight, grads[i].dtype)
+        sums[i] = sums[i] + jnp.where(is_accepted, more, 0)
+    return with_sums(state, sums), rows, verdict, num_needed
 
 
 def _raise_if_refused(
@@ -199,17 +217,14 @@ def _raise_if_refused(
 ) -> None:
     if isinstance(verdict, jax.core.Tracer):
         return
+    tables = [
+        (grad, held) for grad, held in zip(grads, list_sums(state), strict=True) if held.is_table
+    ]
     if verdict == Verdict.INVALID:
-        paths = jax.tree_util.tree_leaves_with_path(state.sums, is_leaf=is_accumulator)
-        for grad, (path, total) in zip(grads, paths, strict=True):
-            if is_slices(grad):  # the first leaf at fault raises
-                check_indices(grad, total.dense_shape[0], f"updates{jax.tree_util.keystr(path)}")
+        for grad, held in tables:  # the first leaf at fault raises
+            check_indices(grad, held.shape[0], f"updates{held.path}")
     if verdict == Verdict.OVERFLOW and options.on_overflow == "refuse":
-        capacities = [
-            total.capacity
-            for total in jax.tree.leaves(state.sums, is_leaf=is_accumulator)
-            if is_accumulator(total)
-        ]
+        capacities = [held.capacity for _, held in tables]
         raise ValueError(
             f"capacity {capacities} has no room for the new rows of updates after "
             f"{int(state.num_accumulated)} gradients; nothing was accumulated"

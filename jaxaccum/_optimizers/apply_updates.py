@@ -35,6 +35,8 @@ def apply_updates(params: PyTree, updates: PyTree) -> PyTree:
       >>> rows = jaxaccum.IndexedSlices(jnp.array([1]), jnp.array([[5.0]]), (3, 1))
       >>> jaxaccum.apply_updates(jnp.zeros((3, 1)), rows).ravel()
       Array([0., 5., 0.], dtype=float32)
+
+    Source: ``optax.apply_updates``, for trees that hold rows.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, param, update: _add(param, update, f"updates{jax.tree_util.keystr(path)}"),
@@ -58,6 +60,9 @@ def count_invalid(grads: PyTree, params: PyTree) -> PyTree:
     Returns:
       The same tree of int32 scalars; zero for leaves that are no tables.
 
+    Raises:
+      ValueError: ``grads`` and ``params`` are not trees alike.
+
     Example:
       >>> import jax.numpy as jnp, jaxaccum
       >>> params = {"bias": jnp.ones(2), "table": jnp.ones((3, 1))}
@@ -65,6 +70,8 @@ def count_invalid(grads: PyTree, params: PyTree) -> PyTree:
       >>> table = jaxaccum.IndexedSlices(ids, jnp.ones((4, 1)), (None, 1))
       >>> jaxaccum.count_invalid({"bias": jnp.ones(2), "table": table}, params)
       {'bias': Array(0, dtype=int32), 'table': Array(2, dtype=int32)}
+
+    Source: of this package.
     """
 
     def count(grad: Leaf, param: Leaf) -> jax.Array:
@@ -82,6 +89,7 @@ def _add(param: Leaf, update: Leaf, name: str) -> Leaf:
     if isinstance(update, UniqueRows):
         update = update.slices
     if is_slices(update):
-        return add_update(param, update, name)
+        with jax.named_scope("jaxaccum.scatter"):
+            return add_update(param, update, name)
     wide = promote_dtypes(param.dtype, update.dtype)
     return (param.astype(wide) + update.astype(wide)).astype(param.dtype)

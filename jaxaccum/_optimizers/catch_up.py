@@ -33,7 +33,7 @@ from jax.typing import ArrayLike
 from jaxaccum._optimizers.optax_import import Transform
 from jaxaccum._optimizers.state_layout import RowLayout
 from jaxaccum._optimizers.trial import Trial, agree, run_now
-from jaxaccum._rows.public import named_tuple, public
+from jaxaccum._rows.public import named_tuple, one_line, public
 from jaxaccum._rows.row_arithmetic import expand_to_rows
 from jaxaccum._rows.tree import Leaf, PyTree
 
@@ -60,11 +60,16 @@ class CatchUpState(NamedTuple):
       >>> updates, state = tx.update(grad, tx.init(table), table)
       >>> state.num_steps, state.last_step
       (Array(1, dtype=int32), Array([0, 0, 1, 0], dtype=int32))
+
+    Source: as of `lazy_rows`.
     """
 
     inner_state: PyTree
     num_steps: jax.Array
     last_step: PyTree
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 def init_catch_up(inner_state: PyTree, params: PyTree) -> CatchUpState:

@@ -27,7 +27,7 @@ def freeze_rows(rows: PyTree) -> optax.GradientTransformation:
 
     Args:
       rows: a tree like the params. For each leaf the numbers of its frozen rows (a list or an array
-        of ints), or ``None``.
+        of ints, ``[n]``), or ``None``.
 
     Returns:
       A transform without state, whose updates are the gradients with the slices of frozen rows made
@@ -51,6 +51,8 @@ def freeze_rows(rows: PyTree) -> optax.GradientTransformation:
       >>> updates, state = tx.update(grads, tx.init(params), params)
       >>> jaxaccum.apply_updates(params, updates)["table"].ravel()
       Array([1.  , 1.  , 0.75, 1.  ], dtype=float32)
+
+    Source: ``optax.masked`` for rows; ``padding_idx`` of ``torch.nn.Embedding``.
     """
     optax = import_optax("freeze_rows")
 

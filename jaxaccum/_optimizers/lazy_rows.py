@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     import optax  # type: ignore[import-untyped]
 
 # From about this share of its rows on, a table is updated faster as a whole (for Adam on a CPU by
-# benchmarks/train_step.py). Tables of fewer entries take no time either way.
+# benchmarks/cases/train_step.py). Tables of fewer entries take no time either way.
 _DENSE_WINS, _LARGE_TABLE = 4, 2**20
 
 
@@ -95,6 +95,10 @@ def lazy_rows(
       >>> updates, state = tx.update({"table": grad, "bias": jnp.ones(1)}, state, params)
       >>> jaxaccum.apply_updates(params, updates)["table"].ravel()
       Array([1., 1., 0., 1.], dtype=float32)
+
+    Source: ``LazyAdam`` of TensorFlow Addons and ``torch.optim.SparseAdam``, for any transform;
+    catching up, Carpenter, "Lazy Sparse Stochastic Gradient Descent for Regularized Multinomial
+    Logistic Regression" (2008).
     """
     optax = import_optax("lazy_rows")
     inner = optax.with_extra_args_support(tx)
@@ -160,16 +164,19 @@ class _Block:
         )
         return self.treedef.flatten_up_to(updates), state
 
+    @jax.named_scope("jaxaccum.gather")
     def _gather_params(self) -> list[Leaf] | None:
         if self.params is None:
             return None
         pairs = zip(self.grads, self.params, strict=True)
         return [gather_rows(p, g.indices) if is_slices(g) else p for g, p in pairs]
 
+    @jax.named_scope("jaxaccum.gather")
     def _gather(self, state: PyTree) -> PyTree:
         rows = self.rows
         return self.plan.layout.map_rows(lambda i, leaf: gather_rows(leaf, rows[i]), state)
 
+    @jax.named_scope("jaxaccum.scatter")
     def _scatter(self, state: PyTree, new: PyTree) -> PyTree:
         # Shared leaves come from the new state, rows go back into the old one.
         rows = self.rows

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.tree_util import PyTreeDef
 
 from jaxaccum._optimizers.optax_import import import_optax
-from jaxaccum._rows.public import named_tuple, public
+from jaxaccum._rows.public import named_tuple, one_line, public
 from jaxaccum._rows.row_arithmetic import expand_to_rows
 from jaxaccum._rows.tree import PyTree
 
@@ -30,10 +30,15 @@ class RowwiseAdagradState(NamedTuple):
     Example:
       >>> import jax.numpy as jnp, jaxaccum
       >>> jaxaccum.rowwise_adagrad(0.1, initial_accumulator_value=0.5).init(jnp.zeros((3, 2)))[0]
-      RowwiseAdagradState(sum_of_squares=Array([0.5, 0.5, 0.5], dtype=float32))
+      RowwiseAdagradState(sum_of_squares=[0.5, 0.5, 0.5])
+
+    Source: as of `rowwise_adagrad`.
     """
 
     sum_of_squares: PyTree
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 @named_tuple
@@ -48,10 +53,15 @@ class StochasticRoundingState(NamedTuple):
       >>> import jax.numpy as jnp, jaxaccum
       >>> tx = jaxaccum.rowwise_adagrad(0.1, stochastic_rounding=True)
       >>> tx.init(jnp.zeros((3, 2), jnp.bfloat16))[2]
-      StochasticRoundingState(num_steps=Array(0, dtype=int32))
+      StochasticRoundingState(num_steps=0)
+
+    Source: as of `rowwise_adagrad`.
     """
 
     num_steps: jax.Array
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
 
 def rowwise_adagrad(

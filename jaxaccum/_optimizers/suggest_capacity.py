@@ -56,6 +56,8 @@ def suggest_capacity(
       >>> capacity = jaxaccum.suggest_capacity(ids, num_required=4)
       >>> 700 < capacity < 1100
       True
+
+    Source: of this package.
     """
     num_required = operator.index(num_required)
     if num_required < 1:
@@ -74,8 +76,13 @@ def suggest_capacity(
     if not counts:
         raise ValueError(f"batches must be at least num_required={num_required}, got {len(sizes)}")
     seen = float(np.quantile(counts, quantile, method="higher"))
-    capacity = math.ceil(seen * (1 + margin) + (6 * math.sqrt(seen) if quantile == 1 else 0))
+    capacity = add_margin(seen, margin) if quantile == 1 else math.ceil(seen * (1 + margin))
     return max(min(capacity, num_required * max(sizes)), *sizes, 1)
+
+
+def add_margin(seen: float, margin: float) -> int:
+    """Returns a capacity for windows like those of which the largest touched ``seen`` rows."""
+    return math.ceil(seen * (1 + margin) + 6 * math.sqrt(seen))
 
 
 def _checked(batch: ArrayLike, position: int) -> np.ndarray:

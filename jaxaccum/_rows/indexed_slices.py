@@ -13,7 +13,7 @@ from jax.experimental import checkify, sparse
 from jax.typing import ArrayLike
 
 from jaxaccum._rows.on_mesh import unshard
-from jaxaccum._rows.public import public, pytree
+from jaxaccum._rows.public import one_line, public, pytree
 from jaxaccum._rows.row_arithmetic import add_to_table
 from jaxaccum._rows.shapes import canonical_shape, check_host_indices, padding_index
 from jaxaccum._rows.strangers import refuse_strangers
@@ -27,7 +27,6 @@ class IndexedSlices:
 
     Indices may come unsorted and repeated; repetitions mean their sum. An index one past the end
     is padding: its values are ignored, so that gradients of one fixed size can carry fewer rows.
-    After TensorFlow's ``IndexedSlices``, with the padding of ``jax.experimental.sparse.BCOO``.
 
     Gradients add up by ``a + b``, which puts their slices one after the other, and scale by
     ``2 * a``, ``a / 8`` and ``-a``. ``table + a`` and ``table - a`` are the table with the rows
@@ -57,6 +56,8 @@ class IndexedSlices:
       Array([2., 0., 4., 0.], dtype=float32)
       >>> (jnp.ones((4, 1)) - 0.5 * grad).ravel()
       Array([ 0.,  1., -1.,  1.], dtype=float32)
+
+    Source: ``tf.IndexedSlices``; padding, ``jax.experimental.sparse.BCOO``.
     """
 
     indices: jax.Array
@@ -78,6 +79,9 @@ class IndexedSlices:
             )
         if self.dense_shape is not None:
             object.__setattr__(self, "dense_shape", canonical_shape(self.dense_shape))
+
+    def __repr__(self) -> str:
+        return one_line(self)
 
     def tree_flatten(self) -> tuple[tuple[Any, Any], Any]:
         """Returns the two leaves and the static shape, unless whoever asks would misuse them."""

@@ -22,7 +22,7 @@ def map_values(fun: Callable[[jax.Array], jax.Array], tree: PyTree) -> PyTree:
     them unique), but ``fun(0)`` should be 0.
 
     Args:
-      fun: takes and returns an array; of the values of rows, one slice an index.
+      fun: takes and returns an array; of rows the values ``[n, *row]``, one slice an index.
       tree: gradients, ``IndexedSlices`` among them.
 
     Returns:
@@ -37,6 +37,8 @@ def map_values(fun: Callable[[jax.Array], jax.Array], tree: PyTree) -> PyTree:
       >>> half = jaxaccum.map_values(lambda g: 0.5 * g, {"table": rows, "bias": jnp.ones(1)})
       >>> half["table"].to_dense().ravel(), half["bias"]
       (Array([-2.,  0.,  2.], dtype=float32), Array([0.5], dtype=float32))
+
+    Source: ``jax.tree.map``, for trees that hold rows.
     """
 
     def apply(leaf: Leaf) -> Leaf:
@@ -66,6 +68,9 @@ def global_norm(tree: PyTree) -> jax.Array:
 
     Returns:
       A scalar, of the widest dtype among the leaves, float32 at least.
+
+    Raises:
+      TypeError: a leaf is no array of numbers.
 
     Example:
       >>> import jax.numpy as jnp, jaxaccum

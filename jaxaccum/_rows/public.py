@@ -1,7 +1,8 @@
-"""Decorators of public classes: named ``jaxaccum.X``, of a structure that `jax.export` writes."""
+"""What public classes share: their name, a structure for `jax.export`, a line of text."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -50,6 +51,54 @@ def named_tuple(cls: _Class) -> _Class:
     """The same for a ``NamedTuple``, which is a pytree already."""
     jax.export.register_namedtuple_serialization(cls, serialized_name=f"jaxaccum.{cls.__name__}")
     return cls
+
+
+def one_line(state: Any, **words: Callable[[Any], str]) -> str:
+    """The ``repr`` of a dataclass or named tuple: small arrays as they are, others by their shape.
+
+    Works on whatever stands where arrays do: tracers, specs, placeholders.
+
+    Args:
+      state: its fields are shown that are not ``None``, nor ``field(repr=False)`` of a dataclass.
+      **words: by the name of a field, what is to be written for a host array of it.
+    """
+    if dataclasses.is_dataclass(state):
+        names = [field.name for field in dataclasses.fields(state) if field.repr]
+    else:
+        names = state._fields
+    known = ((name, getattr(state, name)) for name in names)
+    shown = (f"{name}={_show(it, words.get(name))}" for name, it in known if it is not None)
+    return f"{type(state).__name__}({', '.join(shown)})"
+
+
+class _Words(str):
+    """Stands for a leaf in the ``repr`` of a tree."""
+
+    __slots__ = ()
+    __repr__ = str.__str__
+
+
+_AS_IT_IS = 8  # numbers at most
+
+
+def _show(tree: Any, words: Callable[[Any], str] | None) -> str:
+    def show(leaf: Any) -> _Words:
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            return _Words(leaf.name if isinstance(leaf, np.dtype) else repr(leaf))
+        is_known = not isinstance(leaf, jax.core.Tracer) and getattr(
+            leaf, "is_fully_addressable", True
+        )
+        if is_known and not jax.numpy.issubdtype(leaf.dtype, jax.dtypes.extended):
+            if words is not None:
+                return _Words(words(np.asarray(leaf)))
+            if leaf.size <= _AS_IT_IS:
+                return _Words(np.asarray(leaf).tolist())
+        return _Words(f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]")
+
+    def has_words_of_its_own(node: Any) -> bool:
+        return type(node).__module__ == "jaxaccum"
+
+    return repr(jax.tree.map(show, tree, is_leaf=has_words_of_its_own))
 
 
 def _dtype_name(dtype: np.dtype[Any]) -> dict[str, str]:

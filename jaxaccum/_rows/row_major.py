@@ -48,6 +48,8 @@ def row_major(tree: PyTree, sharding: PyTree = None) -> PyTree:
       >>> table = jax.device_put(table, jaxaccum.row_major(table))
       >>> table.format.layout.major_to_minor
       (0, 1)
+
+    Source: ``jax.experimental.layout.Format``.
     """
     if sharding is None:
         return jax.tree.map(lambda leaf: _choose_format(leaf, _get_sharding(leaf)), tree)

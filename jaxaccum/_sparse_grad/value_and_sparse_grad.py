@@ -93,6 +93,8 @@ def value_and_sparse_grad(
              [3., 3.]], dtype=float32)
       >>> grads["bias"]
       Array([3., 3.], dtype=float32)
+
+    Source: ``jax.value_and_grad``; that lookups have gradients in rows, ``tf.IndexedSlices``.
     """
     is_single = not isinstance(argnums, Sequence)
     numbers = list(argnums) if isinstance(argnums, Sequence) else [argnums]

@@ -60,6 +60,8 @@ def sparse_add(
       >>> total = jaxaccum.sparse_add(a, b, thresh=0.1)  # 2 and -2 cancel: not stored
       >>> total.indices.tolist(), total.data.tolist()
       ([[0, 0], [1, 3], [1, 3], [1, 3]], [1.5, 0.0, 0.0, 0.0])
+
+    Source: ``tf.sparse.add``.
     """
     spec, args = _read_add(a, b, thresh, nse)
     data, indices = _add(spec, *args)
@@ -101,6 +103,8 @@ def sparse_add_jvp(
       >>> total, dot = jaxaccum.sparse_add_jvp(a, b, jnp.array([10.0, 20.0]), jnp.array([30.0]))
       >>> total.data.tolist(), dot.tolist()
       ([1.0, 7.0, 0.0], [10.0, 50.0, 0.0])
+
+    Source: the derivative of ``tf.sparse.add``.
     """
     spec, args = _read_add(a, b, thresh, nse)
     a_dot = checks.read_tangent("a_dot", a_dot, args[0])
@@ -153,6 +157,8 @@ def sparse_slice(
       >>> jaxaccum.sparse_slice(x, [0, 1], [2, 5]).todense()
       Array([[1., 2.],
              [0., 4.]], dtype=float32)
+
+    Source: ``tf.sparse.slice``.
     """
     shape, spec, args = _read_slice(x, start, size, nse)
     data, indices = _slice(spec, *args)
@@ -191,6 +197,8 @@ def sparse_slice_jvp(
       >>> part, dot = jaxaccum.sparse_slice_jvp(x, jnp.array([10.0, 20.0, 30.0]), [1], [2])
       >>> part.data.tolist(), dot.tolist()
       ([2.0, 3.0, 0.0], [20.0, 30.0, 0.0])
+
+    Source: the derivative of ``tf.sparse.slice``.
     """
     shape, spec, args = _read_slice(x, start, size, nse)
     x_dot = checks.read_tangent("x_dot", x_dot, args[0])

@@ -48,6 +48,8 @@ def sparse_add_grad(
       ...     jnp.array([1.0, 2.0, 3.0]), [[0], [7]], [[7], [2], [5]], [[0], [2], [7]])
       >>> a_grad.tolist(), b_grad.tolist()
       ([1.0, 3.0], [3.0, 2.0, 0.0])
+
+    Source: ``tf.raw_ops.SparseAddGrad``.
     """
     named = {"a_indices": a_indices, "b_indices": b_indices, "sum_indices": sum_indices}
     grad, (a_rows, b_rows, sum_rows) = checks.read_grad_and_rows(backprop_val_grad, named)
@@ -93,6 +95,8 @@ def sparse_slice_grad(
       >>> jaxaccum.sparse_slice_grad(
       ...     jnp.array([1.0, 2.0]), [[0], [4], [6]], [3], [[1], [3]]).tolist()
       [0.0, 1.0, 2.0]
+
+    Source: ``tf.raw_ops.SparseSliceGrad``.
     """
     indices = input_indices, input_start, output_indices
     return pull_slice(backprop_val_grad, *indices, allow_padding=True)

@@ -77,6 +77,16 @@ def test_one_device(target, path, columns, dtype, known):
         assert program.opcodes["while"] <= loops + again + probes
 
 
+@pytest.mark.parametrize("target", [t for t in HERE if t != "v6e"])  # which writes them down
+def test_slices_of_bags_are_never_written_down(target):
+    program = programs.bags_by_hand(TABLES)
+    place = jaxaccum.row_major if target in targets.TPUS else None
+    compiled = targets.compile_for(
+        target, program.function, *program.shapes, donate=program.donate, place=place
+    )
+    assert compiled.temp < MB  # 512 bags of 20 ids make slices of 2.6 MB
+
+
 @pytest.mark.parametrize("target", FIRST)
 @pytest.mark.parametrize("path", ["sparse_add", "sparse_slice", "sparse_add_grad"])
 def test_sparse_ops(target, path):

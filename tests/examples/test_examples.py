@@ -1,8 +1,12 @@
 """The Flax and the Equinox example: they learn, and their sparse step is the dense one."""
 
+import ast
 import functools
+import os
 import pathlib
 import re
+import signal
+import subprocess
 import sys
 
 import jax
@@ -11,10 +15,15 @@ import numpy as np
 import optax
 import pytest
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2] / "examples"))
+import jaxaccum
 
-import equinox_word_embeddings as words
-import flax_recommender as recommender
+EXAMPLES = pathlib.Path(__file__).parents[2] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import equinox_word_embeddings as words  # noqa: E402
+import flax_recommender as recommender  # noqa: E402
+import overnight  # noqa: E402
+import sparse_relations as relations  # noqa: E402
 
 NUM_SENSES = 60
 
@@ -76,13 +85,39 @@ def test_word_embeddings_learn(capsys):
     assert probes
 
 
+@pytest.mark.parametrize("fixed", [[], pytest.param(["--fixed"], marks=pytest.mark.full)])
+def test_a_run_goes_on_through_the_night(fixed, capsys):
+    """Early steps begin with the flatter half, and end where the capacity grows."""
+    small = ["--rows=5000", "--dim=8", "--batch-size=64", "--micro-batches=4", "--bad=0.01"]
+    with jax.numpy_dtype_promotion("standard"):  # which optax's Adam needs
+        overnight.main([*small, "--batches=480", "--report=80", "--learning-rate=0.1", *fixed])
+    printed = capsys.readouterr().out.replace(",", "")
+    row = r"│ (\d+) +│ ([0-9.]+) +│ (\d+) +│ (\d+) +│ (\d+) +│ 2\^(-?\d+) +│ (\d+) of (\d+) +│"
+    rows = np.array(re.findall(row, printed), float)
+    batches, losses, steps, early, skipped, scale, peak, capacity = rows.T
+    assert batches.tolist() == [80, 160, 240, 320, 400, 480]
+    assert losses[2] < 0.8 * losses[0]
+    assert early[:3].tolist() == [0, 0, 0]
+    assert early[3] > 5
+    assert (early[5] > early[4]) == bool(fixed)
+    assert (capacity[4] > peak[5]) != bool(fixed)
+    assert 9 < skipped[5] < 30
+    # Without early steps there is one for each four gradients that are not skipped.
+    assert steps[2] == (240 - skipped[2]) // 4
+    assert scale.max() < 24
+
+
 @pytest.mark.parametrize(
     ("example", "options", "message"),
     [
-        (words, ["--dim=0"], "equinox_word_embeddings: dim must be positive\n"),
-        (words, ["--words=10"], "equinox_word_embeddings: too few words in the library's text\n"),
-        (recommender, ["--batch=0"], "flax_recommender: --batch, --epochs and --dim must be "),
-        (recommender, ["--data=/nowhere/graph.npz"], "flax_recommender: [Errno 2] No such file"),
+        (words, ["--dim=0"], "argument --dim: must be at least 1 and below 2**31, got 0"),
+        (words, ["--words=10"], "10 words are too few to learn from"),
+        (recommender, ["--batch=0"], "argument --batch: must be at least 1 and below 2**31, got 0"),
+        (recommender, ["--batch=1000000"], "--batch 1000000 is more than the 354552 links"),
+        (recommender, ["--data=/nowhere/graph.npz"], "[Errno 2] No such file or directory: "),
+        (relations, ["--start=dog"], "dog is none of the first 40,000 concepts"),
+        (relations, ["--steps=x"], "argument --steps: invalid number value: 'x'"),
+        (overnight, ["--report=0"], "argument --report: must be at least 1 and below 2**31, got 0"),
     ],
 )
 def test_bad_options_are_told_in_one_line(example, options, message, capsys):
@@ -90,8 +125,51 @@ def test_bad_options_are_told_in_one_line(example, options, message, capsys):
         example.main(options)
     assert error.value.code == 2
     printed = capsys.readouterr()
-    assert printed.err.startswith(message)
+    name = pathlib.Path(example.__file__).name
+    assert printed.err.startswith(f"{name}: error: {message}")
     assert (printed.out, len(printed.err.splitlines())) == ("", 1)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.stem)
+def test_every_option_has_a_text(path):
+    """Also those of examples that no test here runs; read off the source, which costs no import."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        is_option = isinstance(node, ast.Call) and (
+            ast.unparse(node.func).rsplit(".", 1)[-1] in {"add_argument", "add"}
+            and node.args and ast.unparse(node.args[0]).startswith("'--")
+        )  # fmt: skip
+        if is_option:
+            given = {keyword.arg for keyword in node.keywords}
+            assert given & {"help", None}, f"{path.name}: {ast.unparse(node.args[0])} has no help"
+
+
+def test_links_matter_as_much_as_their_loss_takes_away(capsys):
+    assert relations.main([]) == 0
+    printed = capsys.readouterr().out
+    links = [line for line in printed.splitlines() if " is a " in line]
+    shares = [float(line.split()[0]) for line in links]
+    (reached,) = map(float, re.findall(r"from accelerator.n.01 to artifact.n.01: (\S+)", printed))
+    # All ways end in one link, which carries whatever arrives; no other carries more.
+    assert shares == sorted(shares, reverse=True)
+    assert max(shares) == reached
+    assert relations.main(["--steps=1"]) == 0
+    assert "no way of at most 1 link" in capsys.readouterr().out
+
+
+@pytest.mark.full
+@pytest.mark.slow
+def test_ctrl_c_ends_in_one_line_and_says_what_is_saved(tmp_path):
+    command = [sys.executable, "-u", str(EXAMPLES / "equinox_word_embeddings.py"), "--words=20000"]
+    package = str(pathlib.Path(jaxaccum.__file__).parents[1])
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": package},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert "different" in process.stdout.readline()  # the words are read, training begins
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode in (130, -signal.SIGINT)
+    assert error.split("\n") == ["", "interrupted; saved: nothing", ""]
 
 
 def test_pairs_are_all_words_within_the_window():

@@ -201,7 +201,9 @@ def test_interrupted_within_an_epoch_and_resumed(run, trained, tmp_path, monkeyp
     handler = signal.getsignal(signal.SIGINT)
     assert run(tmp_path, "--epochs=3") == 130
     assert signal.getsignal(signal.SIGINT) is handler
-    assert "--resume" in capsys.readouterr().out
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last.startswith("interrupted; saved: ")
+    assert last.endswith("checkpoint.npz, after 1.375 epochs; go on with --resume")
     monkeypatch.undo()
     assert run(tmp_path, "--epochs=3", "--resume") == 0
     assert_same_checkpoint(trained, tmp_path)
@@ -216,26 +218,41 @@ def test_a_finished_run_is_shown_again(run, trained, tmp_path, capsys):
     assert arrays(trained / "checkpoint.npz")["about"] == before
 
 
-def test_nearest_synsets_are_printed_with_their_relation(run, trained, data, capsys):
-    assert run(trained, "--epochs=3", "--resume", "--near", *entity_names()) == 0
-    titles, rows = [], []
-    for line in capsys.readouterr().out.splitlines():
-        titles += re.findall(r"Nearest to (\S+)", line)
-        rows += re.findall(r"│ (\S+\.n\.01|\S+\.n\.02) +│ +(-?[0-9.]+) +│ (\w*) +│", line)
-    assert titles == entity_names()
-    entities = as_complex(arrays(trained / "embeddings.npz")["entities_table"])
-    unit = entities / np.linalg.norm(entities, axis=1, keepdims=True)
-    relation = {(h, t): r for h, r, t in model.load_graph(data).train.tolist()}
-    names = ["next", "previous", "opposite"]
-    expected = []
-    for head, cosines in enumerate(np.real(unit @ unit.conj().T)):
-        for tail in np.argsort(-cosines)[1:11]:
-            known = relation.get((head, tail))
-            linked = "" if known is None else names[known]
-            expected.append((entity_names()[tail], f"{cosines[tail]:.3f}", linked))
-    assert [(row[0], row[2]) for row in rows] == [(row[0], row[2]) for row in expected]
-    np.testing.assert_allclose(*([float(row[1]) for row in x] for x in (rows, expected)), atol=2e-3)
-    assert {row[2] for row in rows} == {"", *names}
+def test_a_synset_is_asked_without_training(run, trained, data, monkeypatch, capsys):
+    """For each relation the best as many as are true, marked where train did not tell them."""
+    before = (trained / "embeddings.npz").read_bytes()
+    monkeypatch.setattr(example, "train", None)
+    assert run(trained, "--near", "dog.n.01", "thing7.n.01") == 0
+    assert (trained / "embeddings.npz").read_bytes() == before
+    printed = capsys.readouterr().out
+    graph, names = model.load_graph(data), entity_names()
+    tables = arrays(trained / "embeddings.npz")
+    entities, relations = (as_complex(tables[f"{name}_table"]) for name in model.Tables._fields)
+    split_of = {
+        tuple(fact): split for split in model.SPLITS for fact in getattr(graph, split).tolist()
+    }
+    for row in (0, 7):
+        assert names[row] in printed
+        known = [relation for head, relation, _ in split_of if head == row]
+        assert len(known) == 3
+        for relation in known:
+            scores = np.real(entities.conj() @ (entities[row] * relations[relation]))
+            best = np.argsort(-scores)[:1].tolist()  # on the ring one answer is true
+            marks = [{"train": "", None: "?"}.get(split_of.get((row, relation, tail)), "*")
+                     for tail in best]  # fmt: skip
+            told = ", ".join(names[t] + mark for t, mark in zip(best, marks, strict=True))
+            assert re.search(rf"│ {graph.relations[relation]} +│ {re.escape(told)} +│", printed)
+
+
+def test_asking_before_training_says_so(run, tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        run(tmp_path, "--near", "dog.n.01")
+    assert_one_line(error, capsys, "embeddings.npz yet: train first, without --near")
+
+
+def test_fewer_epochs_than_done_are_told(run, trained, capsys):
+    assert run(trained, "--epochs=2", "--resume") == 0
+    assert "nothing to train: 3 epochs are done, and --epochs asks for 2" in capsys.readouterr().out
 
 
 @pytest.mark.full
@@ -314,7 +331,7 @@ BAD_OPTIONS = {
     "--plot=curve.gifx": "--plot must end in .png, .pdf or .svg, got curve.gifx",
     "--resume": "nothing to resume",
     "--epochs=0": "--epochs: must be at least 1 and below 2**31, got 0",
-    "--epochs=many": "--epochs: invalid",
+    "--epochs=many": "--epochs: invalid number value: 'many'",
     "--learning-rate=nan": "--learning-rate: must be at least 0",
     "--batch=41": "--batch 41 is no multiple of --micro-batches 5",
     "--batch=40000": "triples are too few for 8 x 8000",

@@ -115,6 +115,20 @@ def training_step(tx: Any, size: Size, floats_of_state: int) -> Program:
     return Program(step, (size.table, state, ids), (0, 1), moved)
 
 
+def bags_by_hand(size: Size) -> Program:
+    """A step of SGD on bags of 20 ids, whose slices are alike: nobody need write them down."""
+
+    def loss(table: jax.Array, ids: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.square(jaxaccum.embedding_bag(table, ids).astype(jnp.float32)))
+
+    def step(table: jax.Array, ids: jax.Array) -> Any:
+        value, rows = jaxaccum.value_and_sparse_grad(loss, tables=True)(table, ids)
+        return table + (-0.1) * rows, value
+
+    ids = jax.ShapeDtypeStruct((size.ids, 20), jnp.int32)
+    return Program(step, (size.table, ids), (0,), size.ids * 20 * (2 * size.row_bytes + 4))
+
+
 def _accumulated(tx: Any, size: Size) -> Any:
     return jaxaccum.accumulate(tx, 4, tables=True, capacity=size.capacity)
 
@@ -177,6 +191,7 @@ ONE_DEVICE: dict[str, Callable[[Size], Program]] = {
     "merge": merge,
     "sum_duplicates": sum_duplicates,
     "value_and_sparse_grad": value_and_sparse_grad,
+    "bags_by_hand": bags_by_hand,
     "lazy_adam": lazy_adam,
     "accumulated_adam": accumulated_adam,
     "rowwise_adagrad": rowwise_adagrad,

@@ -159,9 +159,8 @@ def test_any_of_several_tables_may_be_the_one_that_is_full(full):
     _, state = update(make_grads(0, items=[0, 1], users=[0, 1]), tx.init(params), params)
     _, after = update(make_grads(1, items=[2, 3], users=[2, 3]), state, params)
     assert after.verdict == Verdict.OVERFLOW
-    for name in ("items", "users"):
-        assert after.sums[name].num_rows == 2
-        assert_same(after.sums[name].row_index, state.sums[name].row_index)
+    assert after.rows[0].num_rows.tolist() == [2, 2]
+    assert_same(after.rows[0].row_index, state.rows[0].row_index)
 
 
 def test_capacity_is_exact_over_gradients_and_frees_after_a_step():
@@ -175,7 +174,7 @@ def test_capacity_is_exact_over_gradients_and_frees_after_a_step():
     expected = [Verdict.ACCEPTED, Verdict.OVERFLOW, Verdict.ACCEPTED, Verdict.ACCEPTED]
     assert verdicts == expected
     assert (state.global_step, state.num_accumulated) == (1, 1)
-    assert state.sums["users"].num_rows == 3
+    assert state.rows[0].num_rows.tolist() == [4, 3]
 
 
 def test_one_table_judges_its_own_room():

@@ -1,45 +1,81 @@
 """One step of other libraries' training loops, sparse by two changed lines, beside the same dense.
 
-A table of a million rows of 64 floats and a linear layer, 4,096 uniform ids a step, Adam, donated:
-
-* ``flax``: ``TrainState.apply_gradients``
-* ``nnx``: ``nnx.Optimizer.update`` under ``nnx.jit``
-* ``equinox``: ``eqx.apply_updates`` under ``eqx.filter_jit``
-* ``haiku``, ``optax``: ``optax.apply_updates``
-
-``held_mb`` is what the compiled step holds at its peak, inputs and outputs included.
-
-    python benchmarks/loops.py [--rows 1000000] [--loops flax nnx equinox haiku optax]
+A table of 64 floats a row and a linear layer, Adam, all donated.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
 
-import equinox as eqx
-import flax.linen as nn
-import haiku as hk
-import harness
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
-from flax.training.train_state import TrainState
 
 import jaxaccum
+from benchmarks.harness import Figures, Step, case, held_mb, jax_step, measure, with_metric
+from benchmarks.workloads import WIDTH
 
-WIDTH, BATCH = 64, harness.scaled(4096)
 SPARSE = functools.partial(
     jaxaccum.value_and_sparse_grad,
     tables=lambda path, leaf: "embed" in jax.tree_util.keystr(path),
 )
 # A loop gives its step, what the step is first called with, and what takes the results up.
 Loop = tuple[Any, list[Any], Callable[[list[Any], Any], Any]]
+LOOPS = (
+    "Flax TrainState.apply_gradients",
+    "Flax nnx.Optimizer.update, nnx.jit",
+    "Equinox eqx.apply_updates, eqx.filter_jit",
+    "Haiku, optax.apply_updates",
+    "optax, optax.apply_updates",
+)
+
+
+@case(
+    "{loop}",
+    settings=[{"loop": loop} for loop in LOOPS],
+    quick=[{"loop": loop, "rows": 1000, "ids": 32} for loop in LOOPS[1:3]],
+    needs=("flax", "equinox", "haiku"),
+)
+def training_loops(loop: str, rows: int = 1_000_000, ids: int = 4096) -> Figures:
+    """One step of 4,096 ids of a million rows in other libraries' loops, two lines changed."""
+    rng = np.random.default_rng(0)
+    batches = [jnp.asarray(rng.integers(0, rows, ids), jnp.int32) for _ in range(16)]
+    make, value_and_grad = loops()[loop]
+    tx = optax.adam(1e-3)
+    lines = {"jaxaccum": (SPARSE, jaxaccum.lazy_rows(tx)), "dense": (value_and_grad, tx)}
+    steps, held = {}, {}
+    for line, two_lines in lines.items():
+        steps[line], held[line] = stepper(make(*two_lines, rows, batches[0]), batches)
+    return with_metric(measure(steps), "MB", held)
+
+
+def loops() -> dict[str, tuple[Callable[..., Loop], Any]]:
+    import equinox as eqx
+    from flax import nnx
+
+    makers = (flax, nnx_loop, equinox, haiku, optax_loop)
+    dense = (jax.value_and_grad, nnx.value_and_grad, eqx.filter_value_and_grad) + (
+        jax.value_and_grad,
+    ) * 2
+    return dict(zip(LOOPS, zip(makers, dense, strict=True), strict=True))
+
+
+def stepper(loop: Loop, batches: list[jax.Array]) -> tuple[Step, float]:
+    """The step, run on one batch after the other, and what it holds in MB."""
+    step, carry, take_up = loop
+    compiled = step.lower(*carry, batches[0]).compile()
+    turn = itertools.cycle(batches)
+
+    def run() -> Any:
+        result = step(*carry, next(turn))
+        carry[:] = take_up(carry, result)
+        return result
+
+    return jax_step(run), held_mb(compiled)
 
 
 def square_error(predictions: jax.Array) -> jax.Array:
@@ -47,6 +83,9 @@ def square_error(predictions: jax.Array) -> jax.Array:
 
 
 def flax(value_and_grad: Any, tx: Any, rows: int, ids: jax.Array) -> Loop:
+    import flax.linen as nn
+    from flax.training.train_state import TrainState
+
     class Model(nn.Module):
         @nn.compact
         def __call__(self, ids: jax.Array) -> jax.Array:
@@ -68,6 +107,8 @@ def flax(value_and_grad: Any, tx: Any, rows: int, ids: jax.Array) -> Loop:
 
 
 def nnx_loop(value_and_grad: Any, tx: Any, rows: int, ids: jax.Array) -> Loop:
+    from flax import nnx
+
     class Model(nnx.Module):
         def __init__(self) -> None:
             rngs = nnx.Rngs(0)
@@ -90,6 +131,8 @@ def nnx_loop(value_and_grad: Any, tx: Any, rows: int, ids: jax.Array) -> Loop:
 
 
 def equinox(value_and_grad: Any, tx: Any, rows: int, ids: jax.Array) -> Loop:
+    import equinox as eqx
+
     class Model(eqx.Module):
         embed: eqx.nn.Embedding
         linear: eqx.nn.Linear
@@ -122,6 +165,8 @@ def equinox(value_and_grad: Any, tx: Any, rows: int, ids: jax.Array) -> Loop:
 
 
 def haiku(value_and_grad: Any, tx: Any, rows: int, ids: jax.Array) -> Loop:
+    import haiku as hk
+
     def forward(ids: jax.Array) -> jax.Array:
         return hk.Linear(1)(hk.Embed(rows, WIDTH, name="embed")(ids))
 
@@ -149,63 +194,3 @@ def functional(value_and_grad: Any, tx: Any, params: Any, loss_fn: Any) -> Loop:
         return optax.apply_updates(params, updates), state
 
     return step, [params, tx.init(params)], lambda carry, result: list(result)
-
-
-LOOPS: dict[str, tuple[Callable[..., Loop], Any]] = {
-    "flax": (flax, jax.value_and_grad),
-    "nnx": (nnx_loop, nnx.value_and_grad),
-    "equinox": (equinox, eqx.filter_value_and_grad),
-    "haiku": (haiku, jax.value_and_grad),
-    "optax": (optax_loop, jax.value_and_grad),
-}
-
-
-def stepper(loop: Loop, batches: list[jax.Array]) -> tuple[Callable[[], Any], float]:
-    """The step, run on one batch after the other, and what it holds in MB."""
-    step, carry, take_up = loop
-    compiled = step.lower(*carry, batches[0]).compile()
-    memory = getattr(compiled, "compiled", compiled).memory_analysis()
-    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes
-    held += memory.output_size_in_bytes - memory.alias_size_in_bytes
-    turn = itertools.cycle(batches)
-
-    def run() -> Any:
-        result = step(*carry, next(turn))
-        carry[:] = take_up(carry, result)
-        return result
-
-    return run, held / 1e6
-
-
-def compare(name: str, rows: int, repeats: int) -> dict[str, Any]:
-    rng = np.random.default_rng(0)
-    batches = [jnp.asarray(rng.integers(0, rows, BATCH), jnp.int32) for _ in range(16)]
-    make, value_and_grad = LOOPS[name]
-    tx = optax.adam(1e-3)
-    variants = {"sparse": (SPARSE, jaxaccum.lazy_rows(tx)), "dense": (value_and_grad, tx)}
-    steps, held = {}, {}
-    for variant, two_lines in variants.items():
-        steps[variant], held[variant] = stepper(make(*two_lines, rows, batches[0]), batches)
-    times = harness.interleaved_ms(steps, repeats=repeats, warmup=1, in_a_row=5)
-    return {
-        "loop": name,
-        "rows": rows,
-        **{f"{variant}_ms": round(value, 3) for variant, value in times.items()},
-        "dense_over_sparse": round(times["dense"] / times["sparse"], 1),
-        **{f"{variant}_held_mb": round(value, 1) for variant, value in held.items()},
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=harness.scaled(1_000_000))
-    parser.add_argument("--loops", nargs="+", default=[*LOOPS], choices=[*LOOPS])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--name", default="loops")
-    args = parser.parse_args()
-    rows = [compare(name, args.rows, args.repeats) for name in args.loops]
-    harness.report(args.name, rows, note=f"{BATCH} uniform ids, rows of {WIDTH} float32, Adam")
-
-
-if __name__ == "__main__":
-    main()

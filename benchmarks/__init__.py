@@ -1,0 +1,1 @@
+"""Every comparison that the project quotes, in one run: ``python -m benchmarks --help``."""
