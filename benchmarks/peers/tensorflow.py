@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks import workloads
-from benchmarks.peers import server
+from benchmarks.peers import server, tensorflow_cluster
 from benchmarks.steps import Step, by_threads
 
 FUTURE = 1 << 40  # never stale
@@ -187,4 +187,5 @@ def _in_turn(op: Callable[..., Any], inputs: list[tuple[Any, ...]]) -> Step:
 
 if __name__ == "__main__":
     makers = {"cycle": cycle, "apply": apply, "coordinator": coordinator, "sparse_ops": sparse_ops}
+    makers["servers"] = tensorflow_cluster.servers
     server.serve(tf.__version__, makers)
