@@ -290,8 +290,15 @@ def _as_int32(indices: jax.Array) -> jax.Array:
 def _bid(pool: PooledRows, ids: jax.Array, sizes: tuple[int, ...]) -> _Part:
     ids = compute_once(ids)
     row_index, bid = pool.row_index.bid(ids, sum(pool.capacities))
-    before = bid.before[np.array([0, *itertools.accumulate(sizes)])]
-    return _Part(pool, row_index, bid, ids, sizes, before[1:] - before[:-1])
+    return _Part(pool, row_index, bid, ids, sizes, _count(bid.is_first, sizes))
+
+
+def _count(mask: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+    """How many of bool ``[n]`` are true in the share of each table, int32 ``[t]``."""
+    if len(set(sizes)) == 1:
+        return jnp.sum(mask.reshape(len(sizes), -1), axis=1, dtype=jnp.int32)
+    parts = zip(_starts(sizes), sizes, strict=True)
+    return jnp.stack([jnp.sum(mask[at : at + n], dtype=jnp.int32) for at, n in parts])
 
 
 def take_pool(pool: PooledRows) -> tuple[PooledRows, list[HeldRows]]:

@@ -40,7 +40,6 @@ class Bid(NamedTuple):
       held: int32 ``[n]``, the slot a row has; NOWHERE if it has none, and for skipped ids.
       rank: int32 ``[n]``, which of the new rows it is; NOWHERE for all other ids.
       is_first: bool ``[n]``, as in `Claim`.
-      before: int32 ``[n + 1]``, how many of ``is_first`` come before each, and in all.
       num_new: int32 ``[]``, how many rows are new.
     """
 
@@ -48,7 +47,6 @@ class Bid(NamedTuple):
     held: jax.Array
     rank: jax.Array
     is_first: jax.Array
-    before: jax.Array
     num_new: jax.Array
 
     def fits(self, num_rows: jax.Array, capacity: int) -> jax.Array:
@@ -147,8 +145,7 @@ def _bid_in_map(slots: jax.Array, ids: jax.Array, capacity: int) -> tuple[jax.Ar
     is_held = winner < capacity
     position = jnp.where(is_held, NOWHERE, winner - capacity)
     rank = before[:-1].at[position].get(mode="fill", fill_value=NOWHERE)
-    held = jnp.where(is_held, winner, NOWHERE)
-    return slots, Bid(ids, held, rank, is_first, before, before[-1])
+    return slots, Bid(ids, jnp.where(is_held, winner, NOWHERE), rank, is_first, before[-1])
 
 
 def _look_up_sorted(slots: jax.Array, ids: jax.Array) -> tuple[jax.Array, Bid]:
@@ -166,8 +163,7 @@ def _look_up_sorted(slots: jax.Array, ids: jax.Array) -> tuple[jax.Array, Bid]:
     num_new = jnp.cumsum(is_first, dtype=jnp.int32)
     rank = jnp.where(is_new, num_new - 1, NOWHERE)
     _, held, rank, first = jax.lax.sort((order, held, rank, is_first.astype(jnp.int32)), num_keys=1)
-    bid = Bid(ids, held, rank, first == 1, count_before(first == 1), num_new[-1])
-    return vary_like(slots, along=ids), bid
+    return vary_like(slots, along=ids), Bid(ids, held, rank, first == 1, num_new[-1])
 
 
 def _ascending_on_cpu(held: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -16,6 +16,7 @@ import collections
 import dataclasses
 import logging
 import math
+import operator
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -321,7 +322,9 @@ class Coordinator:
     def _serve_head(self, head: Waiter) -> bool:
         """Gives ``head`` what nobody claimed, or all there is, if it is enough."""
         unclaimed = self._unclaimed
-        if unclaimed and self._suits(unclaimed[0].num_accumulated, head.num_required):
+        # What one taker left is for another who wants as much: just as much, where that is told.
+        fits = operator.eq if self._policy.exactly else operator.ge
+        if unclaimed and fits(unclaimed[0].num_accumulated, head.num_required):
             head.outcome[:] = map(collections.deque.popleft, (unclaimed,))
             return True
         if self._counts.num_accumulated < head.num_required:
@@ -332,12 +335,6 @@ class Coordinator:
             head.outcome[0] = error
             self._close_if_lost()
         return True
-
-    def _suits(self, num_accumulated: int, num_required: int) -> bool:
-        """Whether what one taker left is what another wants."""
-        if self._policy.exactly:
-            return num_accumulated == num_required
-        return num_accumulated >= num_required
 
     def _release(self, head: Waiter) -> None:
         """Wakes the head of the queue, which has its outcome, and lets it go."""

@@ -164,6 +164,11 @@ class DeviceState:
         counts.global_step += 1
         self._room, self._cycle = self._space, cycle
 
+    def discard(self) -> None:
+        """Drops what was added since the last take."""
+        if self._num_held:
+            self.take([None], 1)
+
     @outside_jit
     def deliver(self, taken: Taken, *, trim: bool) -> tuple[list[IndexedSlices], list[jax.Array]]:
         """Returns what was taken of tables and dense leaves.

@@ -141,9 +141,11 @@ class LeafHandle(Handle):
         """
         stats = self._core.statistics()
         del stats["carried"], stats["workers"]  # which are TreeAccumulator's
-        if self._core.spec.dense:
-            return stats
-        return stats | {key: stats[key][""] for key in ("rows", "capacity", "compiled_sizes")}
+        for key in ("rows", "capacity", "compiled_sizes"):
+            of_tables = stats.pop(key)
+            if of_tables:
+                (stats[key],) = of_tables.values()
+        return stats
 
     def _take(self, num_required: Any, timeout: float | None, *, trim: bool = True) -> Any:
         tables, dense = self._core.take(num_required, timeout, trim=trim)

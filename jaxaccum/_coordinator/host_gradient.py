@@ -146,9 +146,17 @@ def _pad_all(read: HostGradient, spec: TreeSpec, sharding: _Sharding) -> HostGra
 
 def make_own(read: HostGradient) -> HostGradient:
     """Returns a gradient that nobody can change or donate any more."""
-    indices = list(map(copy, read.indices)) if read.is_small else read.indices
-    values, dense = list(map(_copied, read.values)), list(map(_copied, read.dense))
-    return read._replace(indices=indices, values=values, dense=dense)
+    if read.is_small:
+        indices, values, dense = (
+            [copy(np.asarray(each)) for each in arrays]
+            for arrays in (read.indices, read.values, read.dense)
+        )
+        return read._replace(indices=indices, values=[*values], dense=[*dense])
+    arrays = [*read.values, *read.dense]  # NumPy's have been copied before
+    copies = iter(_copy_on_device([each for each in arrays if isinstance(each, jax.Array)]))
+    own = [next(copies) if isinstance(each, jax.Array) else each for each in arrays]
+    num_tables = len(read.values)
+    return read._replace(values=own[:num_tables], dense=own[num_tables:])
 
 
 def check_rows(
@@ -304,8 +312,9 @@ def _transfer(values: jax.Array, size: int | None, sharding: _Sharding) -> jax.A
 
 
 @outside_jit
-def _copied(array: _Values) -> _Values:
-    return copy(array) if isinstance(array, np.ndarray) else jnp.copy(array)
+@jax.jit
+def _copy_on_device(arrays: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.copy(each) for each in arrays]
 
 
 @functools.partial(jax.jit, static_argnums=1)

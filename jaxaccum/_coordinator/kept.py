@@ -19,7 +19,7 @@ from jaxaccum._coordinator.host_gradient import (
     make_own,
 )
 from jaxaccum._coordinator.placement import Placement, outside_jit
-from jaxaccum._coordinator.spec import TreeSpec
+from jaxaccum._coordinator.spec import TreeSpec, as_dtype
 from jaxaccum._rows.indexed_slices import IndexedSlices
 
 
@@ -46,7 +46,7 @@ class Kept:
         self._sharding = placement.gradients
         self._read = read
         self._make_sums = functools.partial(DeviceState, spec, capacities, placement, read)
-        # Sums that nobody is using; a taker that dies with one never brings it back.
+        # Sums that nobody is using, with what a taker left in them who was interrupted.
         self._idle = [self._make_sums()]
         self._kept: list[tuple[HostGradient, int]] = []
 
@@ -90,13 +90,17 @@ class Kept:
             sums = idle.pop()
         except IndexError:
             sums = self._make_sums()
-        for gradient, staleness in taken.arrays:
-            while (compile_ahead := sums.prepare(gradient, will_take=False)) is not None:
-                compile_ahead()
-            sums.add(gradient, staleness)
         outcome: list[Any] = [None]
-        sums.take(outcome, 1)
-        idle.append(sums)
+        try:
+            sums.discard()
+            for gradient, staleness in taken.arrays:
+                while (compile_ahead := sums.prepare(gradient, will_take=False)) is not None:
+                    compile_ahead()
+                sums.add(gradient, staleness)
+            sums.take(outcome, 1)
+        finally:
+            if not sums.is_lost():
+                idle.append(sums)
         return sums.deliver(outcome[0], trim=trim)
 
     def statistics(self) -> dict[str, Any]:
@@ -104,43 +108,37 @@ class Kept:
         return {"kept_bytes": sum(gradient.num_bytes for gradient, _ in self._kept)}
 
     def save(self) -> dict[str, np.ndarray]:
-        """Returns what is kept: of each leaf the arrays of all gradients, one after the other."""
-        spec, kept, counts = self._spec, [gradient for gradient, _ in self._kept], self.counts
-        saved = {"staleness": np.array([staleness for _, staleness in self._kept], np.int64)}
-        names = iter(spec.names)
-        for i, (leaf, name) in enumerate(zip(spec.tables, names, strict=False)):
-            nums = [gradient.num_slices[i] for gradient in kept]
-            pairs = list(zip(kept, nums, strict=True))
-            ids = [np.asarray(gradient.indices[i][:num], np.int32) for gradient, num in pairs]
-            rows = [np.asarray(gradient.values[i])[:num] for gradient, num in pairs]
-            saved[f"{name}num_slices"] = np.array(nums, np.int64)
-            saved[f"{name}indices"] = np.concatenate([np.zeros(0, np.int32), *ids])
-            saved[f"{name}values"] = np.concatenate([_none(leaf.dtype, leaf.row_shape), *rows])
-        for i, leaf in enumerate(spec.dense):
-            each = [np.asarray(gradient.dense[i])[None] for gradient in kept]
-            name = spec.names[len(spec.tables) + i]
-            saved[f"{name}values"] = np.concatenate([_none(leaf.dtype, leaf.shape), *each])
-        return saved | {"global_step": np.asarray(counts.global_step)}
+        """Returns what is kept, gradient by gradient."""
+        spec, num = self._spec, len(self._spec.tables)
+        saved = {
+            "staleness": np.array([staleness for _, staleness in self._kept], np.int64),
+            "global_step": np.asarray(self.counts.global_step),
+        }
+        for k, (gradient, _) in enumerate(self._kept):
+            for i, name in enumerate(spec.names[:num]):
+                size = gradient.num_slices[i]
+                saved[f"{k}/{name}indices"] = np.array(gradient.indices[i][:size], np.int32)
+                saved[f"{k}/{name}values"] = np.array(np.asarray(gradient.values[i])[:size])
+            for name, leaf in zip(spec.names[num:], gradient.dense, strict=True):
+                saved[f"{k}/{name}values"] = np.array(leaf)
+        return saved
 
     def load(self, saved: Mapping[str, Any]) -> None:
         """Replaces what is kept by what `save` returned."""
         spec, counts, most = self._spec, self.counts, self._spec.policy.max_staleness
         step, ages = int(saved["global_step"]), np.asarray(saved["staleness"]).tolist()
-        columns: list[list[Any]] = []
-        for name, leaf in zip(spec.names, spec.leaves, strict=True):
-            values = _as_dtype(saved[f"{name}values"], leaf.dtype)
-            if len(columns) >= len(spec.tables):
-                columns.append([check_dense(leaf, each) for each in values])  # type: ignore[arg-type]
-                continue
-            ends = np.cumsum(saved[f"{name}num_slices"])
-            ids = np.split(np.asarray(saved[f"{name}indices"]), ends)[:-1]
-            rows = np.split(values, ends)[:-1]
-            columns.append([check_rows(leaf, *pair, None) for pair in zip(ids, rows, strict=True)])
-        kept = []
-        for leaves, staleness in zip(zip(*columns, strict=True), ages, strict=True):
-            tables, dense = leaves[: len(spec.tables)], leaves[len(spec.tables) :]
-            gradient = assemble(spec, self._sharding, [*tables], [*dense])
-            kept.append((make_own(gradient), staleness))
+        names, kept = spec.names, []
+        for k, staleness in enumerate(ages):
+            values = [
+                as_dtype(saved[f"{k}/{name}values"], leaf.dtype)
+                for name, leaf in zip(names, spec.leaves, strict=True)
+            ]
+            tables = []
+            for name, leaf, rows in zip(names, spec.tables, values, strict=False):
+                leaf.check_row(rows.shape[1:], leaf.row_shape)
+                tables.append(check_rows(leaf, saved[f"{k}/{name}indices"], rows, None))
+            dense = [*map(check_dense, spec.dense, values[len(tables) :])]
+            kept.append((make_own(assemble(spec, self._sharding, tables, dense)), staleness))
         num_accumulated = sum(staleness <= most for staleness in ages)
         # No calls from here on: see `device_state`.
         self._kept = kept
@@ -153,12 +151,3 @@ class Kept:
     def is_lost(self) -> bool:
         """Nothing is ever given away."""
         return False
-
-
-def _none(dtype: np.dtype, shape: Any) -> np.ndarray:
-    return np.zeros((0, *shape), dtype)
-
-
-def _as_dtype(values: Any, dtype: np.dtype) -> np.ndarray:
-    values = np.asarray(values)
-    return values.view(dtype) if values.dtype.kind == "V" else values  # as npz files hold bfloat16

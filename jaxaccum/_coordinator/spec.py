@@ -112,17 +112,6 @@ class Spec:
         if num_rows and not (0 <= indices.min() <= indices.max() < end):
             raise InvalidArgumentError(f"state must hold indices from 0 to below {end}")
 
-    def as_sums(self, values: Any) -> np.ndarray:
-        """Returns saved sums, or raises."""
-        values = np.asarray(values)
-        if values.dtype.kind == "V":  # what npz files make of bfloat16
-            values = values.view(self.sum_dtype)
-        if values.dtype != self.sum_dtype:
-            raise InvalidArgumentError(
-                f"state must hold values of {self.sum_dtype}, got {values.dtype}"
-            )
-        return values
-
     def __str__(self) -> str:
         """Says it in the words of the constructor."""
         name = next(name for name, value in _REDUCTIONS.items() if value == self.reduction)
@@ -197,6 +186,16 @@ def check_shape(name: str, expected: Shape, given: Shape) -> None:
             raise InvalidArgumentError(
                 f"Shape mismatch: expected {name} dim {i} to be {dim}, got {got}"
             )
+
+
+def as_dtype(values: Any, dtype: np.dtype) -> np.ndarray:
+    """Returns saved values of ``dtype``, or raises."""
+    values = np.asarray(values)
+    if values.dtype.kind == "V":  # what npz files make of bfloat16
+        values = values.view(dtype)
+    if values.dtype != dtype:
+        raise InvalidArgumentError(f"state must hold values of {dtype}, got {values.dtype}")
+    return values
 
 
 def _as_dims(shape: Sequence[int | None] | int) -> Shape:

@@ -14,7 +14,7 @@ from jaxaccum._accumulator.state import AccumulatorState, init, weight_dtype
 from jaxaccum._accumulator.tree_sums import Sums
 from jaxaccum._coordinator.host_memory import pad, round_up
 from jaxaccum._coordinator.placement import Placement
-from jaxaccum._coordinator.spec import Shape, Spec, TreeSpec
+from jaxaccum._coordinator.spec import Shape, Spec, TreeSpec, as_dtype
 
 SMALLEST_CAPACITY = 1024
 
@@ -93,7 +93,7 @@ def load_sums(
     """
     num_tables = len(spec.tables)
     names = zip(spec.names, spec.leaves, strict=True)
-    values = [leaf.as_sums(saved[f"{name}values"]) for name, leaf in names]
+    values = [as_dtype(saved[f"{name}values"], leaf.sum_dtype) for name, leaf in names]
     rows: list[tuple[np.ndarray, np.ndarray]] = []
     for name, leaf, each in zip(spec.names, spec.tables, values, strict=False):
         rows.append((np.asarray(saved[name + "indices"]), np.asarray(saved[name + "counts"])))

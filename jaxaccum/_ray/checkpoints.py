@@ -20,7 +20,6 @@ import shutil
 from collections.abc import Mapping
 from typing import TextIO
 
-import ml_dtypes  # noqa: F401  NumPy then knows the names of JAX's dtypes
 import numpy as np
 
 from jaxaccum._rows.tree import Leaf

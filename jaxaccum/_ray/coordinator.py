@@ -247,7 +247,8 @@ class ParameterServerCoordinator:
         except import_ray().exceptions.RayActorError as error:
             await self._roll_back(epoch, error)
         except Exception as error:  # the optimizer's own, which another try would not mend
-            self._fail(f"step {step} failed: {type(error).__name__}: {error}")
+            cause = cause_of(error)
+            self._fail(f"step {step} failed: {type(cause).__name__}: {first_line(cause)}")
         else:
             logger.info(
                 "%s: step %d of %d gradients in %.3f s; %d accepted, %d stale, %d lost so far",
@@ -358,8 +359,11 @@ class ParameterServerCoordinator:
         self._is_open.set()
 
     def _note(self, what: str, value: str | int) -> None:
-        if self._folder is not None:
-            self._folder.note(what, value)
+        try:
+            if self._folder is not None:
+                self._folder.note(what, value)
+        except OSError as error:  # a full disk: what is lost will be told too low
+            logger.error("%s: its journal is not written: %s", self._plan.name, error)
 
     def _spawn(self, work: Leaf) -> None:
         """Runs it beside what comes next, and holds it: the event loop does not."""

@@ -347,8 +347,8 @@ class ParameterServer:
                     self._plan = view.plan
                 num_dead, suspect = 0, view.epoch
                 return wait_for(attempt(view), deadline, self.name)
-            except FailedError:
-                raise
+            except FailedError as error:
+                raise UnavailableError(str(error)) from error
             except (RolledBackError, UnavailableError) as error:
                 # One that dies may have been at work on this call; one that is dead stays so.
                 num_dead += view is None and "died" in str(error)

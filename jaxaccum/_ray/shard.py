@@ -25,7 +25,7 @@ from jaxaccum._optimizers.lazy_rows import lazy_rows
 from jaxaccum._ray.checkpoints import load_arrays, save_arrays
 from jaxaccum._ray.errors import RolledBackError
 from jaxaccum._ray.layout import Layout, Part, TableInit
-from jaxaccum._ray.part_sum import join_parts, reduce_dense, reduce_rows
+from jaxaccum._ray.part_sum import join_parts, sum_rows
 from jaxaccum._rows.row_arithmetic import gather_rows
 from jaxaccum._rows.tree import Leaf, PyTree
 
@@ -149,8 +149,7 @@ class ParameterServerShard:
         joined = join_parts(
             parts, weights, self._layout.leaves, owned, self._number, self._reduction
         )
-        total = np.float32(sum(weights))
-        self._params, self._state = self._optimize(self._params, self._state, joined, total)
+        self._params, self._state = self._optimize(self._params, self._state, joined)
         for leaf in jax.tree.leaves(self._params):
             leaf.block_until_ready()
         first, kept = step - self._keep_steps, set(waiting)
@@ -203,16 +202,12 @@ class ParameterServerShard:
         self._changed.set()
         self._changed = asyncio.Event()
 
-    def _run_optimizer(
-        self, params: PyTree, state: PyTree, joined: Part, total: jax.Array
-    ) -> tuple[PyTree, PyTree]:
+    def _run_optimizer(self, params: PyTree, state: PyTree, joined: Part) -> tuple[PyTree, PyTree]:
         # What lies on other shards is an array of nothing here, and so is its gradient.
         grads = self._treedef.flatten_up_to(params)
         for i, sums in joined.items():
-            if self._layout.leaves[i].is_table:
-                grads[i] = reduce_rows(sums, grads[i].shape[0], total, self._reduction)
-            else:
-                grads[i] = reduce_dense(sums, grads[i].dtype, total, self._reduction)
+            is_table = self._layout.leaves[i].is_table
+            grads[i] = sum_rows(sums, grads[i].shape[0]) if is_table else sums
         grads = jax.tree.unflatten(self._treedef, grads)
         updates, state = self._tx.update(grads, state, params)
         return apply_updates(params, updates), state

@@ -128,7 +128,10 @@ def test_it_waits_saves_and_closes_as_all_accumulators_do(monkeypatch, tmp_path)
         resumed.load_state_dict(saved)
     resumed.apply_grad([5, 6])
     assert asyncio.run(resumed.take_grad_async(2)).tolist() == [3, 4]
-    assert resumed.statistics()["taken"] == 1
+    assert resumed.statistics() == {
+        "accepted": 1, "stale": 0, "invalid": 0, "taken": 1, "grown": 0, "waiting": 0,
+        "unclaimed": 0, "num_accumulated": 0, "global_step": 1, "staleness": {0: 1},
+    }  # fmt: skip
     with pytest.raises(ValueError, match="shared_name 'dense'"):
         jaxaccum.SparseConditionalAccumulator("float32", (2,), shared_name="dense")
     acc.close()

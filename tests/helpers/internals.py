@@ -11,7 +11,7 @@ from jaxaccum._coordinator.policy import Policy
 from jaxaccum._ray import takes as ray_takes
 from jaxaccum._ray.checkpoints import Folder, load_arrays, save_arrays
 from jaxaccum._ray.layout import Layout
-from jaxaccum._ray.part_sum import join_parts, reduce_dense, reduce_rows
+from jaxaccum._ray.part_sum import join_parts, sum_rows
 from jaxaccum._ray.tickets import Tickets
 from jaxaccum._rows.prefix_sums import as_words, count_before, rank_in_words, sum_before
 from jaxaccum._rows.row_arithmetic import _add_in_order as add_in_order
@@ -40,11 +40,10 @@ __all__ = [
     "pooled_rows",
     "rank_in_words",
     "ray_takes",
-    "reduce_dense",
-    "reduce_rows",
     "saturating_add",
     "saturating_sum",
     "save_arrays",
     "select_tables",
     "sum_before",
+    "sum_rows",
 ]

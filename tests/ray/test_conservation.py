@@ -40,7 +40,7 @@ class Run:
         )
         self.logs = folder / "logs"
         self.logs.mkdir()
-        self.running = {}
+        self.running, self.killed, self.num_deaths = {}, [], 0
         for k in range(num_workers):
             self.start_worker(range(k * each, (k + 1) * each))
 
@@ -48,7 +48,8 @@ class Run:
         actor = self.ray.remote(given.Worker).options(num_cpus=0)
         log = self.logs / f"worker-{numbers.start // self.each}.jsonl"
         worker = actor.remote(self.server, log, self.num_gradients)
-        self.running[worker.run.remote(numbers)] = (worker, numbers)
+        pid = worker.pid.remote()
+        self.running[worker.run.remote(numbers)] = (pid, worker, numbers)
 
     def wait(self, num_tried):
         """Until so many gradients have been tried; the last of a worker that died is given up."""
@@ -57,19 +58,23 @@ class Run:
             assert time.monotonic() < end
             done, _ = self.ray.wait(list(self.running), timeout=0.05)
             for run in done:
-                _, numbers = self.running.pop(run)
+                *_, numbers = self.running.pop(run)
                 try:
                     self.ray.get(run)
                 except self.ray.exceptions.RayActorError:
+                    self.num_deaths += 1
                     tried = [n for n in numbers if n in given.read_logs(self.logs)]
                     self.start_worker(
                         range(max(tried, default=numbers.start - 1) + 1, numbers.stop)
                     )
 
     def kill_worker(self, rng):
-        for worker, _ in rng.permutation(np.array(list(self.running.values()), object)):
-            kill(self.ray.get(worker.pid.remote(), timeout=SECONDS))
-            return
+        """In the middle of what it does: its process is asked for before that."""
+        alive = [run for run in self.running if run not in self.killed]
+        if alive:
+            self.killed.append(alive[rng.integers(len(alive))])
+            pid, *_ = self.running[self.killed[-1]]
+            kill(self.ray.get(pid, timeout=SECONDS))
 
     def kill_server(self, which):
         statistics = self.server.statistics()
@@ -115,10 +120,50 @@ def conserve(ray, folder, seed, num_workers, each, num_kills):
         counted = given.check_conservation(values, fates, lost)
         assert len(counted) == statistics["accepted"]
         assert statistics["restarts"] >= 1
+        assert run.num_deaths >= 1
         assert len(fates) == num_workers * each
         assert sum(fate == "tried" for fate in fates.values()) <= num_kills
     finally:
         run.server.close()
+
+
+def test_all_shards_go_back_together_and_tell_what_is_lost(cluster, tmp_path):
+    """Gradient by gradient: those of the checkpoint, those that waited in it, those after it."""
+    server = jaxaccum.ray.ParameterServer(
+        given.params(10), given.optimizer(), tables=given.TABLES, reduction="sum", num_shards=2,
+        num_required=2, checkpoint_dir=tmp_path, checkpoint_every=1000, timeout=SECONDS,
+    )  # fmt: skip
+
+    def push(*numbers):
+        for number in numbers:
+            step = server.statistics()["global_step"]
+            answer = server.push(given.gradient(number, 10), step, key=str(number))
+            assert answer.verdict == jaxaccum.Verdict.ACCEPTED
+
+    def check(in_steps, lost):
+        values, _ = server.pull(given.ALL, at_least=server.statistics()["global_step"])
+        expected = np.zeros(10)
+        for step, numbers in enumerate(in_steps):
+            expected[list(numbers)] = step + 1
+        np.testing.assert_array_equal(values["bias"], expected)
+        given.check_conservation(values, {}, lost)
+        assert sorted(server.lost()) == lost
+
+    push(0, 1, 2, 3, 4)  # the last one waits
+    assert server.checkpoint() == 2
+    push(5, 6)
+    check([(0, 1), (2, 3), (4, 5)], lost=[])
+    kill(server.statistics()["shards"][1]["pid"])
+    check([(0, 1), (2, 3)], lost=["5", "6"])
+    push(7, 8, 6)  # whoever pushed 6 has not been answered, and repeats it
+    check([(0, 1), (2, 3), (4, 7), (8, 6)], lost=["5"])
+    server.checkpoint()
+    push(9)
+    kill(server.statistics()["pid"])
+    check([(0, 1), (2, 3), (4, 7), (8, 6)], lost=["5", "9"])
+    statistics = server.statistics()
+    assert (statistics["num_steps"], statistics["accepted"], statistics["restarts"]) == (4, 8, 2)
+    server.close()
 
 
 @pytest.mark.parametrize("seed", range(2))

@@ -117,6 +117,16 @@ def test_workers_that_wait_for_the_next_step_train_synchronously(server, cluster
     assert {"worker 1", "worker 2"} <= server.statistics()["workers"].keys()
 
 
+def test_a_push_that_is_repeated_counts_once(server):
+    before, step = server.statistics()["accepted"], server.pull(ALL).global_step
+    for _ in range(3):
+        assert server.push(gradient(8), step, key="mine") == (jaxaccum.Verdict.ACCEPTED, step)
+    assert server.statistics()["accepted"] == before + 1
+    assert server.push(gradient(9), step).global_step == step + 1
+    again = server.push(gradient(8), step, key="mine")  # its answer, and the step that is now
+    assert again == (jaxaccum.Verdict.ACCEPTED, step + 1)
+
+
 def test_asyncio(server):
     async def work():
         step = server.pull(ALL).global_step
