@@ -95,7 +95,7 @@ ROW_SECONDS = 0.4
 def measure(
     steps: Mapping[str, Timed],
     *,
-    seconds: float = 5.0,
+    seconds: float = 4.0,
     turns: tuple[int, int] = (5, 60),
     in_a_row: int = 5,
     wait_each: bool = True,

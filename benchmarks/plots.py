@@ -21,7 +21,12 @@ OURS = (INK, (0, ()), "o")
 STYLES = {
     "jaxaccum": OURS,
     "all_take": OURS,
+    "accumulator": OURS,
+    "server": (INK, (0, (4, 2)), "D"),
+    "server, 2 shards": (INK, (0, (1, 1)), "s"),
+    "Ray alone": (FAINT, (0, (1, 2)), "."),
     "lazy_rows": OURS,
+    "jaxaccum, tree of one": (INK, (0, (4, 2)), "D"),
     "with catch_up": (INK, (0, (1, 1)), "D"),
     "lazy_rows, catch_up": (INK, (0, (4, 2)), "D"),
     "jaxaccum, unknown rows": (INK, (0, (4, 2)), "D"),
@@ -120,6 +125,14 @@ PLOTS = (
         "threads",
         "threads",
         "An apply of {ids:,} x {columns}",
+        panels="ids",
+    ),
+    Plot(
+        "workers",
+        "parameter_server",
+        "workers",
+        "worker processes",
+        "A push of {ids:,} rows",
         panels="ids",
     ),
     Plot(

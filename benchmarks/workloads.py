@@ -17,10 +17,10 @@ def draw_ids(rng: np.random.Generator, n: int, rows: int, zipf: float | None = N
 
 
 def gradients(
-    count: int, ids: int, rows: int, columns: int, zipf: float | None = None
+    count: int, ids: int, rows: int, columns: int, zipf: float | None = None, *, seed: int = 0
 ) -> list[Gradient]:
     """Raw ids, repeated and unsorted, and their values."""
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(seed)
     return [
         (draw_ids(rng, ids, rows, zipf), rng.standard_normal((ids, columns), np.float32))
         for _ in range(count)

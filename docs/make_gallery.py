@@ -21,6 +21,7 @@ COMMANDS = {
     "flax": "flax_recommender.py",
     "equinox": "equinox_word_embeddings.py",
     "async": "async_workers.py --workers 3 --backup 1 --slow 0.5 --staleness 0 --updates 300",
+    "overnight": "overnight.py",
     "devices": "data_parallel.py --epochs 1",
     "processes": "multi_process.py --epochs 1",
     "relations": "sparse_relations.py",

@@ -12,12 +12,13 @@ for, so that a slow one holds up nobody: its gradients come too late and are dro
 
 from __future__ import annotations
 
+import running  # before JAX: from here on Ctrl-C ends in one line
+
+# isort: split
 import argparse
 import functools
-import pathlib
 import threading
 import time
-from typing import Any
 
 import complex_model as model
 import jax
@@ -182,20 +183,8 @@ def adagrad(
     return tables, sums
 
 
-def number(low: float, kind: type) -> Any:
-    def convert(text: str) -> Any:
-        value = kind(text)
-        if not low <= value < 2**31:
-            raise argparse.ArgumentTypeError(f"must be from {low} to below 2**31, got {text}")
-        return value
-
-    return convert
-
-
-def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def make_parser() -> running.Parser:
+    parser = running.Parser(__file__, __doc__)
     options = [
         ("--workers", 4, 1, "gradients the chief waits for, and workers"),
         ("--backup", 0, 0, "workers beyond those the chief waits for"),
@@ -211,18 +200,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         ("--seed", 0, 0, "of tables, batches and negatives"),
     ]
     for flag, default, low, text in options:
-        kind = number(low, type(default))
-        parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
-    parser.add_argument("--data", type=pathlib.Path, default=model.DATA, help="the graph")
-    return parser.parse_args(argv)
+        parser.number(flag, default, text, low)
+    parser.file("--data", model.DATA, "the graph, WordNet 3.0 by default")
+    return parser
 
 
-def main(argv: list[str] | None = None) -> None:
-    args, console = parse(argv), Console()
+def work(args: argparse.Namespace) -> None:
+    console = Console()
     try:
         graph = model.load_graph(args.data)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"async_workers.py: error: {error}") from None
+    except ValueError as error:
+        raise running.UserError(str(error)) from error
     training = Training(args, graph)
     training.run(console)
     if not console.is_terminal:
@@ -230,9 +218,19 @@ def main(argv: list[str] | None = None) -> None:
     ranks = model.filtered_ranks(training.params, graph, graph.test[: args.test_triples])
     metrics = model.ranking_metrics(ranks)
     stale = sum(worker.stale for worker in training.workers)
-    console.print(f"{training.step} updates, {stale} stale gradients dropped")
+    updates, dropped = (
+        running.count(n, thing)
+        for n, thing in ((training.step, "update"), (stale, "stale gradient"))
+    )
+    console.print(f"{updates}, {dropped} dropped")
     console.print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    return parser.run(lambda: work(args))
+
+
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -10,6 +10,9 @@ Needs pip install 'jaxaccum[examples,ray]'. Runs on this machine, or with --addr
 
 from __future__ import annotations
 
+import running  # before JAX: from here on Ctrl-C ends in one line
+
+# isort: split
 import argparse
 import collections
 import logging
@@ -238,20 +241,8 @@ def fates(training: Training) -> Table:
     return table
 
 
-def number(low: float, kind: type) -> Any:
-    def convert(text: str) -> Any:
-        value = kind(text)
-        if not low <= value < 2**31:
-            raise argparse.ArgumentTypeError(f"must be from {low} to below 2**31, got {text}")
-        return value
-
-    return convert
-
-
-def parse(argv: list[str] | None) -> Args:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+def parse(argv: list[str] | None) -> tuple[running.Parser, Args]:
+    parser = running.Parser(__file__, __doc__)
     options = [
         ("--workers", 4, 1, "processes that compute gradients"),
         ("--shards", 2, 1, "processes the table of entities lies on"),
@@ -272,25 +263,24 @@ def parse(argv: list[str] | None) -> Args:
         ("--seed", 0, 0, "of tables, batches and negatives"),
     ]
     for flag, default, low, text in options:
-        kind = number(low, type(default))
-        parser.add_argument(flag, type=kind, default=default, help=f"{text} (default: {default})")
+        parser.number(flag, default, text, low)
     policies = "; ".join(f"{name}: {text}" for name, text in POLICIES.items())
     parser.add_argument("--policy", choices=POLICIES, default="bounded", help=policies)
-    parser.add_argument("--data", type=pathlib.Path, default=model.DATA, help="the graph")
-    parser.add_argument("--out", type=pathlib.Path, help="for checkpoints (default: none is kept)")
+    parser.file("--data", model.DATA, "the graph, WordNet 3.0 by default")
+    parser.file("--out", None, "for checkpoints; without it none is kept", "FOLDER")
     parser.add_argument("--address", default="local", help="of a Ray cluster; --kill is for none")
     args = parser.parse_args(argv)
     if args.policy == "sync" and args.required > args.workers:
         parser.error("--policy sync needs as many --workers as gradients --required")
-    return args
+    return parser, args
 
 
-def main(argv: list[str] | None = None) -> None:
-    args, console = parse(argv), Console()
+def work(args: Args) -> None:
+    console = Console()
     try:
         graph = model.load_graph(args.data)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"parameter_server.py: error: {error}") from None
+    except ValueError as error:
+        raise running.UserError(str(error)) from error
     if not ray.is_initialized():
         here = str(pathlib.Path(__file__).parent)
         # The actors import the model from beside this file.
@@ -320,5 +310,10 @@ def main(argv: list[str] | None = None) -> None:
     console.print(", ".join(f"{name} {value:.4f}" for name, value in metrics.items()))
 
 
+def main(argv: list[str] | None = None) -> int:
+    parser, args = parse(argv)
+    return parser.run(lambda: work(args))
+
+
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -212,16 +212,17 @@ def bare() -> Any:
     environ={"JAX_ENABLE_COMPILATION_CACHE": "false"},
 )
 def compiling(tables: int) -> Figures:
-    """The time to trace and compile such a step, once, by the number of tables."""
-    params = {f"table {k}": jnp.zeros((1000, WIDTH)) for k in range(tables)}
-    ids = jnp.zeros((MICRO_BATCHES, tables, 256), jnp.int32)
+    """The time to trace and compile such a step of 4,096 ids, once, by the number of tables."""
+    table = jax.ShapeDtypeStruct((100_000, WIDTH), jnp.float32)
+    params = {f"table {k:02}": table for k in range(tables)}
+    ids = jax.ShapeDtypeStruct((MICRO_BATCHES, tables, 4096), jnp.int32)
 
     def loss(params: dict[str, jax.Array], ids: jax.Array) -> jax.Array:
         found = [table[rows] for table, rows in zip(params.values(), ids, strict=True)]
         return jnp.mean((sum(found) - 1.0) ** 2)
 
     tx = jaxaccum.accumulate(
-        jaxaccum.lazy_rows(optax.adam(1e-3)), MICRO_BATCHES, tables=True, capacity=1000
+        jaxaccum.lazy_rows(optax.adam(1e-3)), MICRO_BATCHES, tables=True, capacity=4 * 4096
     )
     dense_tx = optax.MultiSteps(optax.adam(1e-3), MICRO_BATCHES)
     grad_fn = jaxaccum.value_and_sparse_grad(loss, tables=True)
@@ -237,7 +238,7 @@ def compiling(tables: int) -> Figures:
 
 
 def compiles(tx_init: Any, step: Any, params: Any, ids: jax.Array) -> Step:
-    state = tx_init(params)
+    state = jax.eval_shape(tx_init, params)
 
     def call() -> None:
         # A function that JAX has not met, else it would remember the program.

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import json
 import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +17,7 @@ import numpy as np
 import tensorflow as tf
 
 from benchmarks import workloads
-from benchmarks.peers import server, tensorflow_cluster
+from benchmarks.peers import server
 from benchmarks.steps import Step, by_threads
 
 FUTURE = 1 << 40  # never stale
@@ -135,6 +139,39 @@ def _accumulator(
         return lambda k: baked[k](), take
 
 
+_cluster: list[subprocess.Popen[str]] = []
+
+
+def parameter_server(
+    *, ids: int, workers: int, rows: int, pushes: int, device: str
+) -> dict[str, Step]:
+    """Its accumulator in the process of a server, fed by the processes of workers."""
+    del device
+    while _cluster:
+        _cluster.pop().kill()
+    ports = [socket.socket() for _ in range(workers + 1)]
+    for port in ports:
+        port.bind(("127.0.0.1", 0))
+    addresses = [f"127.0.0.1:{port.getsockname()[1]}" for port in ports]
+    for port in ports:
+        port.close()
+    for rank in range(workers + 1):
+        task = {"addresses": addresses, "rank": rank, "ids": ids, "rows": rows}
+        module = "benchmarks.peers.tensorflow_cluster"
+        command = [sys.executable, "-m", module, json.dumps(task)]
+        pipe = subprocess.PIPE
+        _cluster.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
+
+    def run() -> None:
+        for process in _cluster[1:]:
+            print(pushes, file=process.stdin, flush=True)
+        for process in _cluster[1:]:
+            if process.stdout.readline() != "done\n":
+                raise RuntimeError("a process of TensorFlow's cluster has died")
+
+    return {"TensorFlow": Step(run)}
+
+
 def sparse_ops(*, entries: int, device: str) -> dict[str, Step]:
     """Its four raw ops, eagerly, on the same matrices; a line each, named by the op."""
     del device
@@ -186,6 +223,5 @@ def _in_turn(op: Callable[..., Any], inputs: list[tuple[Any, ...]]) -> Step:
 
 
 if __name__ == "__main__":
-    makers = {"cycle": cycle, "apply": apply, "coordinator": coordinator, "sparse_ops": sparse_ops}
-    makers["servers"] = tensorflow_cluster.servers
-    server.serve(tf.__version__, makers)
+    makers = (cycle, apply, coordinator, parameter_server, sparse_ops)
+    server.serve(tf.__version__, {make.__name__: make for make in makers})

@@ -233,67 +233,45 @@ def add_claimed(
     Of the slices of a claim some may be added, and the others later; then ``is_whole`` is false,
     and the new rows among the first are anywhere in the free slots.
     """
-    on_tpu = _add_by_block if is_whole else _add_by_row
-    indices, sums = jax.lax.platform_dependent(
-        state, claim, ids, values.astype(state.values.dtype), tpu=on_tpu, default=_add_by_row
+    dropped = state.capacity + jnp.arange(ids.shape[0], dtype=jnp.int32)
+    new = jnp.where(claim.is_first & claim.fits, claim.slot, dropped)
+    rest = jnp.where(claim.is_first, NOWHERE, claim.slot)
+    num_new = jnp.where(claim.fits, claim.num_new, 0)
+    enter = _enter_block if is_whole else _enter_rows
+    indices = jax.lax.platform_dependent(
+        state.indices, new, ids, state.num_rows, num_new, tpu=enter, default=_enter_rows
     )
     return dataclasses.replace(
         state,
         indices=indices,
-        values=sums,
+        values=write_slices(
+            state.values, new, rest, state.num_rows, num_new, values, is_whole=is_whole
+        ),
         counts=count_touches(state.counts, claim.slot, touches),
-        num_rows=state.num_rows + jnp.where(claim.fits, claim.num_new, 0),
+        num_rows=state.num_rows + num_new,
     )
 
 
-def _add_by_row(
-    state: AccumulatorState, claim: Claim, ids: jax.Array, values: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Returns the indices and the sums with the slices added."""
-    dropped = state.capacity + jnp.arange(ids.shape[0], dtype=jnp.int32)
-    new = jnp.where(claim.is_first & claim.fits, claim.slot, dropped)
-    rest = jnp.where(claim.is_first, NOWHERE, claim.slot)
-    indices = state.indices.at[new].set(ids, mode="drop", unique_indices=True)
-    return indices, write_slices(state.values, new, rest, values)
-
-
-def _add_by_block(
-    state: AccumulatorState, claim: Claim, ids: jax.Array, values: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """The same with one scatter of rows in place of two and one of numbers.
-
-    A TPU scatters row after row, dropped ones too. The slots of new rows lie side by side, so their
-    ids are sorted into a block, and their sums begin as a block of zeros.
-    """
-    num, num_rows = min(ids.shape[0], state.capacity), state.num_rows
-    new = jnp.where(claim.is_first & claim.fits, claim.slot, NOWHERE)
-    _, new_ids = jax.lax.sort((new, ids), num_keys=1)
-    # Where fewer than ``num`` slots are free, the block begins among those in use.
-    start = jnp.minimum(num_rows, state.capacity - num)
-    slot = start + jnp.arange(num, dtype=jnp.int32)
-    is_new = (slot >= num_rows) & (slot < num_rows + jnp.where(claim.fits, claim.num_new, 0))
-    shifted = jnp.concatenate([jnp.zeros(num, jnp.int32), new_ids[:num]])
-    new_ids = jax.lax.dynamic_slice_in_dim(shifted, num - (num_rows - start), num)
-    old_ids = jax.lax.dynamic_slice_in_dim(state.indices, start, num)
-    old_sums = jax.lax.dynamic_slice_in_dim(state.values, start, num)
-    # Negative zero is the neutral element, also of a lone -0.
-    zeros = -jnp.zeros_like(old_sums)
-    block = jnp.where(expand_to_rows(is_new, old_sums), zeros, old_sums)
-    sums = jax.lax.dynamic_update_slice_in_dim(state.values, block, start, 0)
-    block = jnp.where(is_new, new_ids, old_ids)
-    indices = jax.lax.dynamic_update_slice_in_dim(state.indices, block, start, 0)
-    return indices, sums.at[claim.slot].add(values, mode="drop")
-
-
-def write_slices(sums: jax.Array, new: jax.Array, rest: jax.Array, slices: jax.Array) -> jax.Array:
+def write_slices(
+    sums: jax.Array,
+    new: jax.Array,
+    rest: jax.Array,
+    num_rows: jax.Array,
+    num_new: jax.Array,
+    slices: jax.Array,
+    *,
+    is_whole: bool = True,
+) -> jax.Array:
     """Writes slices over the slots ``new``, and adds them to those of ``rest``; drops the others.
 
-    The first slice of a new row overwrites what the slot was left with, which spares zeroing the
-    sums at every take. Dropped slices cost next to nothing.
+    If ``is_whole``, the new slots are ``num_new`` side by side, after the ``num_rows`` in use.
     """
-    slices = slices.astype(sums.dtype)
-    sums = sums.at[new].set(slices, mode="drop", unique_indices=True)
-    return sums.at[rest].add(slices, mode="drop")
+    write = _write_block if is_whole else _write_rows
+    result: jax.Array = jax.lax.platform_dependent(
+        sums, new, rest, num_rows, num_new, slices.astype(sums.dtype),
+        tpu=write, default=_write_rows,
+    )  # fmt: skip
+    return result
 
 
 def count_touches(counts: jax.Array, slot: jax.Array, touches: jax.Array) -> jax.Array:
@@ -305,6 +283,75 @@ def count_touches(counts: jax.Array, slot: jax.Array, touches: jax.Array) -> jax
         touched + touches.astype(counts.dtype) if is_float else saturating_add(touched, touches)
     )
     return counts.at[slot].set(touched, mode="drop")
+
+
+def _enter_rows(
+    indices: jax.Array, new: jax.Array, ids: jax.Array, num_rows: jax.Array, num_new: jax.Array
+) -> jax.Array:
+    """Writes ids into the slots ``new``."""
+    del num_rows, num_new
+    return indices.at[new].set(ids, mode="drop", unique_indices=True)
+
+
+def _enter_block(
+    indices: jax.Array, new: jax.Array, ids: jax.Array, num_rows: jax.Array, num_new: jax.Array
+) -> jax.Array:
+    """The same by a sort: the new slots lie side by side, and a TPU scatters entry by entry."""
+    num = min(ids.shape[0], indices.shape[0])
+    _, new_ids = jax.lax.sort((new, ids), num_keys=1)
+    start, is_new = _find_block(indices.shape[0], num, num_rows, num_new)
+    shifted = jnp.concatenate([jnp.zeros(num, jnp.int32), new_ids[:num]])
+    new_ids = jax.lax.dynamic_slice_in_dim(shifted, num - (num_rows - start), num)
+    old_ids = jax.lax.dynamic_slice_in_dim(indices, start, num)
+    block = jnp.where(is_new, new_ids, old_ids)
+    return jax.lax.dynamic_update_slice_in_dim(indices, block, start, 0)
+
+
+def _write_rows(
+    sums: jax.Array,
+    new: jax.Array,
+    rest: jax.Array,
+    num_rows: jax.Array,
+    num_new: jax.Array,
+    slices: jax.Array,
+) -> jax.Array:
+    # The first slice of a new row overwrites what the slot was left with, which spares zeroing the
+    # sums at every take; the others add. Dropped slices cost next to nothing.
+    del num_rows, num_new
+    sums = sums.at[new].set(slices, mode="drop", unique_indices=True)
+    return sums.at[rest].add(slices, mode="drop")
+
+
+def _write_block(
+    sums: jax.Array,
+    new: jax.Array,
+    rest: jax.Array,
+    num_rows: jax.Array,
+    num_new: jax.Array,
+    slices: jax.Array,
+) -> jax.Array:
+    """The same with one scatter in place of two: new sums begin as a block of zeros.
+
+    A TPU scatters row after row, dropped ones too.
+    """
+    capacity = sums.shape[0]
+    num = min(slices.shape[0], capacity)
+    start, is_new = _find_block(capacity, num, num_rows, num_new)
+    old = jax.lax.dynamic_slice_in_dim(sums, start, num)
+    # Negative zero is the neutral element, also of a lone -0.
+    block = jnp.where(expand_to_rows(is_new, old), -jnp.zeros_like(old), old)
+    sums = jax.lax.dynamic_update_slice_in_dim(sums, block, start, 0)
+    return sums.at[jnp.where(new < capacity, new, rest)].add(slices, mode="drop")
+
+
+def _find_block(
+    capacity: int, num: int, num_rows: jax.Array, num_new: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Where the block of ``num`` slots begins that new rows go to, and which of them those are."""
+    # Where fewer than ``num`` slots are free, the block begins among those in use.
+    start = jnp.minimum(num_rows, capacity - num)
+    slot = start + jnp.arange(num, dtype=jnp.int32)
+    return start, (slot >= num_rows) & (slot < num_rows + num_new)
 
 
 def table_rows(grad: IndexedSlices, rows: int | None) -> tuple[jax.Array, jax.Array]:

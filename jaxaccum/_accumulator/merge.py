@@ -1,4 +1,4 @@
-"""``merge`` and ``grow``: two accumulators become one, or one gets room for more rows."""
+"""``merge`` and ``grow``: two accumulators become one, or one of larger capacity."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def merge(state: AccumulatorState, other: AccumulatorState) -> tuple[Accumulator
 
 
 def grow(state: AccumulatorState, capacity: int) -> AccumulatorState:
-    """Returns a copy of ``state`` with room for more rows; call it outside ``jit``.
+    """Returns a copy of ``state`` that can hold more rows; call it outside ``jit``.
 
     Args:
       state: the accumulator.

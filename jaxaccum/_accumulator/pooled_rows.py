@@ -119,13 +119,17 @@ class HeldRows(NamedTuple):
     counts: jax.Array
 
 
+# One less than the number that is no row.
+_MOST_ROWS = NOWHERE - 1
+
+
 def pool_tables(
     lengths: list[int], capacities: list[int], counts_dtype: np.dtype
 ) -> tuple[PooledRows, ...]:
     """Returns the empty pools of tables: one, unless their rows are more than int32 can number."""
     pools = list[list[int]]()
     for table, length in enumerate(lengths):
-        if not pools or sum(lengths[t] for t in pools[-1]) + length >= NOWHERE:
+        if not pools or sum(lengths[t] for t in pools[-1]) + length > _MOST_ROWS:
             pools.append([])
         pools[-1].append(table)
     return tuple(
@@ -185,7 +189,8 @@ class _Part(NamedTuple):
     ) -> tuple[PooledRows, list[jax.Array]]:
         """Adds the slices to the sums, or takes the bids back."""
         pool, slots = self.pool, sum(self.pool.capacities)
-        # Slots are given in order of position, to each table from its first free one on.
+        # Ranks count on from table to table; slots, in each from its first free one.
+        num_new = jnp.where(is_accepted, self.num_new, 0)
         before = jnp.cumsum(self.num_new) - self.num_new
         free = jnp.array(pool.first_slots, jnp.int32) + pool.num_rows - before
         row_index, claim = self.row_index.settle(
@@ -198,14 +203,17 @@ class _Part(NamedTuple):
         new_of, rest_of = (
             pool.split(compute_once(slot - base), self.sizes) for slot in (new, rest)
         )
-        pool = dataclasses.replace(
+        sums = [
+            write_slices(total, new_of[t], rest_of[t], pool.num_rows[t], num_new[t], slices[t])
+            for t, total in enumerate(sums)
+        ]
+        return dataclasses.replace(
             pool,
             indices=pool.indices.at[new].set(self.ids, mode="drop", unique_indices=True),
             counts=count_touches(pool.counts, claim.slot, touches),
-            num_rows=jnp.where(is_accepted, self.num_needed, pool.num_rows),
+            num_rows=pool.num_rows + num_new,
             row_index=row_index,
-        )
-        return pool, list(map(write_slices, sums, new_of, rest_of, slices))
+        ), sums
 
 
 @jax.jit
@@ -282,8 +290,15 @@ def _as_int32(indices: jax.Array) -> jax.Array:
 def _bid(pool: PooledRows, ids: jax.Array, sizes: tuple[int, ...]) -> _Part:
     ids = compute_once(ids)
     row_index, bid = pool.row_index.bid(ids, sum(pool.capacities))
-    before = bid.before[np.array([0, *itertools.accumulate(sizes)])]
-    return _Part(pool, row_index, bid, ids, sizes, before[1:] - before[:-1])
+    return _Part(pool, row_index, bid, ids, sizes, _count(bid.is_first, sizes))
+
+
+def _count(mask: jax.Array, sizes: tuple[int, ...]) -> jax.Array:
+    """How many of bool ``[n]`` are true in the share of each table, int32 ``[t]``."""
+    if len(set(sizes)) == 1:
+        return jnp.sum(mask.reshape(len(sizes), -1), axis=1, dtype=jnp.int32)
+    parts = zip(_starts(sizes), sizes, strict=True)
+    return jnp.stack([jnp.sum(mask[at : at + n], dtype=jnp.int32) for at, n in parts])
 
 
 def take_pool(pool: PooledRows) -> tuple[PooledRows, list[HeldRows]]:

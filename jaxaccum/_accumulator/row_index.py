@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxaccum._rows.cpu_workarounds import is_bitmap_faster
 from jaxaccum._rows.prefix_sums import count_before, rank_in_words
 from jaxaccum._rows.public import pytree
 from jaxaccum._rows.varying import vary_like
@@ -39,7 +40,6 @@ class Bid(NamedTuple):
       held: int32 ``[n]``, the slot a row has; NOWHERE if it has none, and for skipped ids.
       rank: int32 ``[n]``, which of the new rows it is; NOWHERE for all other ids.
       is_first: bool ``[n]``, as in `Claim`.
-      before: int32 ``[n + 1]``, how many of ``is_first`` come before each, and in all.
       num_new: int32 ``[]``, how many rows are new.
     """
 
@@ -47,11 +47,10 @@ class Bid(NamedTuple):
     held: jax.Array
     rank: jax.Array
     is_first: jax.Array
-    before: jax.Array
     num_new: jax.Array
 
     def fits(self, num_rows: jax.Array, capacity: int) -> jax.Array:
-        """Whether there is room for the new rows beside the ``num_rows`` held."""
+        """Whether the new rows can be held beside the ``num_rows`` that are."""
         return num_rows + self.num_new <= capacity
 
 
@@ -100,7 +99,7 @@ class DirectMap:
         self, bid: Bid, num_rows: jax.Array, capacity: int, fits: jax.Array
     ) -> tuple[DirectMap, Claim]:
         """Gives new rows the next free slots, or leaves the map as it was if they do not fit."""
-        # What bid in the map itself becomes a slot, or is vacated again if there is no room.
+        # What bid in the map itself becomes a slot, or is vacated again if not all rows fit.
         new_slot = jnp.where(bid.rank == NOWHERE, NOWHERE, num_rows + bid.rank)
         first = jnp.where(bid.is_first, bid.ids, NOWHERE)
         slots = self.slots.at[first].set(jnp.where(fits, new_slot, NOWHERE), mode="drop")
@@ -146,8 +145,7 @@ def _bid_in_map(slots: jax.Array, ids: jax.Array, capacity: int) -> tuple[jax.Ar
     is_held = winner < capacity
     position = jnp.where(is_held, NOWHERE, winner - capacity)
     rank = before[:-1].at[position].get(mode="fill", fill_value=NOWHERE)
-    held = jnp.where(is_held, winner, NOWHERE)
-    return slots, Bid(ids, held, rank, is_first, before, before[-1])
+    return slots, Bid(ids, jnp.where(is_held, winner, NOWHERE), rank, is_first, before[-1])
 
 
 def _look_up_sorted(slots: jax.Array, ids: jax.Array) -> tuple[jax.Array, Bid]:
@@ -165,18 +163,13 @@ def _look_up_sorted(slots: jax.Array, ids: jax.Array) -> tuple[jax.Array, Bid]:
     num_new = jnp.cumsum(is_first, dtype=jnp.int32)
     rank = jnp.where(is_new, num_new - 1, NOWHERE)
     _, held, rank, first = jax.lax.sort((order, held, rank, is_first.astype(jnp.int32)), num_keys=1)
-    bid = Bid(ids, held, rank, first == 1, count_before(first == 1), num_new[-1])
-    return vary_like(slots, along=ids), bid
-
-
-# A sort costs about 30 ns a slot on a CPU, a bitmap about 0.25 ns a row.
-_BITMAP_ROWS_PER_SLOT = 128
+    return vary_like(slots, along=ids), Bid(ids, held, rank, first == 1, num_new[-1])
 
 
 def _ascending_on_cpu(held: jax.Array, slots: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Rows in any order and their slots in ascending order of row; NOWHERE for no row."""
     capacity, rows = held.shape[0], slots.shape[0]
-    if rows <= _BITMAP_ROWS_PER_SLOT * capacity:
+    if is_bitmap_faster(rows, capacity):
         rank, slot = _rank_in_bitmap(held, rows), jnp.arange(capacity, dtype=jnp.int32)
         return held, jnp.full(capacity, NOWHERE, jnp.int32).at[rank].set(slot, mode="drop")
     # Sorting ids alone and looking their slots up beats sorting pairs threefold.

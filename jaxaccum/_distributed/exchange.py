@@ -20,7 +20,7 @@ import numpy as np
 from jaxaccum._accumulator.counters import saturating_add, saturating_sum
 from jaxaccum._accumulator.row_index import NOWHERE
 from jaxaccum._accumulator.state import AccumulatorState, Verdict
-from jaxaccum._rows.cpu_workarounds import add_in_turn
+from jaxaccum._rows.cpu_workarounds import add_in_turn, is_bitmap_faster
 from jaxaccum._rows.prefix_sums import as_words, count_before, rank_in_words
 
 AxisName = Hashable | tuple[Hashable, ...]
@@ -202,7 +202,7 @@ def _exchange_rows(
     is_held = jnp.arange(max_rows, dtype=jnp.int32)[None, :] < tally.num_rows[:, None]
     ids = jnp.where(is_held, indices, NOWHERE)
     size, length = min(capacity, ids.size), state.dense_shape[0]
-    if length is not None and length <= _BITMAP_ROWS_PER_ID * ids.size:
+    if length is not None and is_bitmap_faster(length, ids.size):
         slot, num_distinct = _rank_in_bitmap(ids, length)
         slot = jnp.where(slot < size, slot, NOWHERE)
         distinct = jnp.full(size, NOWHERE, jnp.int32).at[slot].set(ids, mode="drop")
@@ -212,10 +212,6 @@ def _exchange_rows(
         is_in = is_held & (distinct.at[slot].get(mode="fill", fill_value=NOWHERE) == ids)
         slot = jnp.where(is_in, slot, NOWHERE)
     return tally, UnionRows(distinct, num_distinct, slot, values, counts)
-
-
-# On a CPU, sorting ids and looking them up takes about 50 ns each, a bitmap about 0.3 ns a row.
-_BITMAP_ROWS_PER_ID = 128
 
 
 def _rank_in_bitmap(ids: jax.Array, length: int) -> tuple[jax.Array, jax.Array]:

@@ -202,7 +202,7 @@ class _Carry(NamedTuple):
     Attributes:
       is_open: bool ``[]``, whether the gradient of any device is still to be added.
       is_mine: bool ``[]``, whether that of this device is.
-      is_retry: bool ``[]``, whether a step has been taken to make room for it.
+      is_retry: bool ``[]``, whether a step has been taken for it to fit.
       updates: of the step, or those that change nothing.
       state: of `accumulate`.
     """

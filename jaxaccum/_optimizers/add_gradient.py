@@ -40,7 +40,7 @@ class Gradient(NamedTuple):
 
 
 class Admission(NamedTuple):
-    """What is known of a gradient before it is compared with the room there is.
+    """What is known of a gradient before it is compared with the capacity.
 
     Attributes:
       is_stale: bool ``[]``.
@@ -83,7 +83,7 @@ def check_gradient(options: Options, state: MicroBatchState, updates: PyTree) ->
     for grad, held in zip(grads, list_sums(state), strict=True):
         leaf = _checked(grad, held)
         if held.is_table and options.on_overflow == "step":
-            _check_room(leaf, held)
+            _check_capacity(leaf, held)
         dtypes.append(leaf.values.dtype if is_slices(leaf) else leaf.dtype)
         leaves.append(_widened(leaf, held.total))
     return Gradient(leaves, dtypes)
@@ -170,7 +170,7 @@ def _checked(grad: Any, held: LeafSum) -> Any:
     return grad
 
 
-def _check_room(grad: Any, held: LeafSum) -> None:
+def _check_capacity(grad: Any, held: LeafSum) -> None:
     """Raises if a single gradient could touch more rows than can be held."""
     rows, slices = held.shape[0], grad.indices.shape[0]
     if (held.capacity or 0) < min(slices, rows):

@@ -31,7 +31,7 @@ from jax.tree_util import PyTreeDef
 from jax.typing import ArrayLike
 
 from jaxaccum._optimizers.optax_import import Transform
-from jaxaccum._optimizers.state_layout import RowLayout
+from jaxaccum._optimizers.state_layout import RowLayout, Trainee
 from jaxaccum._optimizers.trial import Trial, agree, run_now
 from jaxaccum._rows.public import named_tuple, one_line, public
 from jaxaccum._rows.row_arithmetic import expand_to_rows
@@ -48,7 +48,7 @@ class CatchUpState(NamedTuple):
 
     Attributes:
       inner_state: of the wrapped transform.
-      num_steps: int32 ``[]``, steps so far.
+      num_steps: int32 ``[]``, steps so far; it stays at ``2**31 - 1``.
       last_step: a tree like the params, for each leaf int32 ``[rows]``: when each row was last
         touched, counting from 1; 0 is never.
 
@@ -206,14 +206,8 @@ def catch_up_rows(
     return new_rows, d_k * param.astype(jnp.float32) + series * first
 
 
-def check_can_catch_up(
-    tx: Transform,
-    params: list[Leaf],
-    treedef: PyTreeDef,
-    tables: tuple[int, ...],
-    extra_args: Mapping[str, object],
-) -> tuple[bool, ...]:
-    """Tries whether ``tx`` steps rows without a gradient as the closed form says.
+def check_can_catch_up(trainee: Trainee) -> tuple[bool, ...]:
+    """Tries whether a transform steps rows without a gradient as the closed form says.
 
     Returns:
       For every leaf of the state, whether it counts steps.
@@ -221,7 +215,7 @@ def check_can_catch_up(
     Raises:
       ValueError: it does not; the message says how.
     """
-    trial = Trial(tx, params, treedef, tables, extra_args)
+    trial = Trial(trainee)
     (start, once), (_, twice) = run_now(trial.shared_states, np.array([1, 2], np.float32))
     if not agree(once, twice):
         raise ValueError(
@@ -233,7 +227,7 @@ def check_can_catch_up(
     counters = {i for i in changes if _counts(start[shared.index(i)], once[shared.index(i)])}
     is_counter = tuple(i in counters for i in range(len(trial.layout.owners)))
     drifting = [i for i in changes if i not in counters]
-    for owner in range(len(tables)):
+    for owner in range(len(trainee.tables)):
         rest = functools.partial(_rest_steps, trial, is_counter, drifting, owner)
         [(actual, expected, drifted)] = run_now(rest, np.ones(1, np.float32))
         if not agree(actual, expected, tolerance=1e-5):

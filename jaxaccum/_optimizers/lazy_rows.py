@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import PyTreeDef
 
+from jaxaccum._accumulator.counters import saturating_add
 from jaxaccum._optimizers.catch_up import (
     CatchUpState,
     RestStep,
@@ -22,7 +23,13 @@ from jaxaccum._optimizers.catch_up import (
     init_catch_up,
 )
 from jaxaccum._optimizers.optax_import import Transform, import_optax
-from jaxaccum._optimizers.state_layout import RowLayout, lay_out_rows, struct, struct_of
+from jaxaccum._optimizers.state_layout import (
+    RowLayout,
+    Trainee,
+    lay_out_rows,
+    struct,
+    struct_of,
+)
 from jaxaccum._optimizers.trial import TrialFailedError, check_row_separable
 from jaxaccum._optimizers.unique_leaf import UniqueRows, fit_updates
 from jaxaccum._rows.cpu_workarounds import bound_indices
@@ -152,7 +159,7 @@ class _Block:
         for t, move in zip(self.tables, moved, strict=True):
             updates[t] = updates[t].astype(move.dtype) + move
         inner_state = self._scatter(state.inner_state, new)
-        return updates, CatchUpState(inner_state, state.num_steps + 1, last_step)
+        return updates, CatchUpState(inner_state, saturating_add(state.num_steps, 1), last_step)
 
     def _run(self, state: PyTree, params: list[Leaf] | None) -> tuple[list[Leaf], PyTree]:
         grads = [g.values if is_slices(g) else g for g in self.grads]
@@ -194,6 +201,7 @@ class _Block:
         if params is None:
             raise ValueError("params must be given to update with catch_up, got None")
         layout, is_counter = self.plan.layout, self.plan.is_counter
+        now = saturating_add(state.num_steps, 1)
         before = layout.flatten(self._gather(state.inner_state))
         last, params = flatten_like(self.treedef, state.last_step), list(params)
         step = RestStep(
@@ -212,10 +220,9 @@ class _Block:
             before = layout.with_rows(before, owner, new_rows)
             moved.append(param - params[t].astype(param.dtype))
             params[t] = param.astype(params[t].dtype)
-            last[t] = scatter_rows(last[t], rows, jnp.broadcast_to(state.num_steps + 1, rows.shape))
+            last[t] = scatter_rows(last[t], rows, jnp.broadcast_to(now, rows.shape))
         last = [
-            leaf if i in self.tables else jnp.full_like(leaf, state.num_steps + 1)
-            for i, leaf in enumerate(last)
+            leaf if i in self.tables else jnp.full_like(leaf, now) for i, leaf in enumerate(last)
         ]
         tree = jax.tree.unflatten(layout.treedef, before)
         return tree, params, moved, jax.tree.unflatten(self.treedef, last)
@@ -286,12 +293,11 @@ class LazyUpdate:
     ) -> _Plan:
         key = (treedef, tables, tuple((s.shape, s.dtype) for s in shapes), tuple(extra_args))
         if key not in self._plans:
-            layout = lay_out_rows(self._tx, shapes, treedef, tables)
-            is_counter = None
+            trainee = Trainee(self._tx, shapes, treedef, tables, extra_args)
+            layout = lay_out_rows(trainee)
             if tables:
-                check_row_separable(self._tx, shapes, treedef, tables, extra_args)
-            if self._catch_up:
-                is_counter = check_can_catch_up(self._tx, shapes, treedef, tables, extra_args)
+                check_row_separable(trainee)
+            is_counter = check_can_catch_up(trainee) if self._catch_up else None
             self._plans[key] = _Plan(layout, is_counter)
         return self._plans[key]
 

@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import jax
 from jax.extend import core
-from jax.tree_util import PyTreeDef
 
-from jaxaccum._optimizers.optax_import import Transform
-from jaxaccum._optimizers.state_layout import struct
-from jaxaccum._rows.tree import Leaf, PyTree
+from jaxaccum._optimizers.state_layout import Trainee, struct
+from jaxaccum._rows.tree import PyTree
 
 # Tables are traced with so many rows and a few more: sizes that nothing else has.
 _MARK = 100_003
 
 
-def is_row_named(
-    tx: Transform,
-    params: list[Leaf],
-    treedef: PyTreeDef,
-    tables: tuple[int, ...],
-    extra_args: Mapping[str, object],
-) -> bool:
-    """Whether ``tx.update`` reads, writes or numbers rows of a table one by one.
+def is_row_named(trainee: Trainee) -> bool:
+    """Whether a transform reads, writes or numbers rows of a table one by one.
 
-    Nothing is computed. Arguments as in `check_row_separable`.
+    Nothing is computed.
     """
-    marked = {table: _MARK + k for k, table in enumerate(tables)}
+    tx = trainee.tx
+    marked = {table: _MARK + k for k, table in enumerate(trainee.tables)}
     leaves = [
         struct((marked[i], *leaf.shape[1:]), leaf.dtype) if i in marked else leaf
-        for i, leaf in enumerate(params)
+        for i, leaf in enumerate(trainee.params)
     ]
-    tree = jax.tree.unflatten(treedef, leaves)
+    tree = trainee.unflatten(leaves)
 
     def update(grads: PyTree, state: PyTree, params: PyTree) -> PyTree:
-        return tx.update(grads, state, params, **extra_args)
+        return tx.update(grads, state, params, **trainee.extra_args)
 
     traced = jax.make_jaxpr(update)(tree, jax.eval_shape(tx.init, tree), tree)
     return _names_rows(traced.jaxpr, frozenset(marked.values()))

@@ -16,6 +16,29 @@ from jaxaccum._rows.tree import Leaf, PyTree
 
 
 @dataclasses.dataclass(frozen=True)
+class Trainee:
+    """A transform, and the shapes of what it is to train.
+
+    Attributes:
+      tx: the transform.
+      params: one ``ShapeDtypeStruct`` a leaf.
+      treedef: the structure of the params.
+      tables: the positions among ``params`` that are tables.
+      extra_args: what goes to ``update`` beside them, arrays among it as ones of their shapes.
+    """
+
+    tx: Transform
+    params: list[Leaf]
+    treedef: PyTreeDef
+    tables: tuple[int, ...]
+    extra_args: Mapping[str, object]
+
+    def unflatten(self, leaves: list[Leaf]) -> PyTree:
+        """Returns a tree like the params."""
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+@dataclasses.dataclass(frozen=True)
 class RowLayout:
     """How a transform's state follows the rows of the tables.
 
@@ -78,23 +101,16 @@ class RowLayout:
                 )
 
 
-def lay_out_rows(
-    tx: Transform, params: list[Leaf], treedef: PyTreeDef, tables: tuple[int, ...]
-) -> RowLayout:
-    """Lays out the state of ``tx`` for params of these shapes, without computing anything.
+def lay_out_rows(trainee: Trainee) -> RowLayout:
+    """Lays out the state of a transform for params of these shapes, without computing anything.
 
     It is laid out for tables of two sizes: a leaf whose leading axis follows the row count of a
     table is held by row, one that stays is shared by all rows, anything else cannot be cut up.
 
-    Args:
-      tx: the transform.
-      params: one ``ShapeDtypeStruct`` a leaf.
-      treedef: the structure of the params.
-      tables: the positions among ``params`` that are tables.
-
     Raises:
       ValueError: the state cannot be cut into rows.
     """
+    tx, params, tables = trainee.tx, trainee.params, trainee.tables
     small, rows_of = list(params), {}
     for position, table in enumerate(tables):
         rows, *row = params[table].shape
@@ -102,7 +118,7 @@ def lay_out_rows(
         few += len(tables) if few == rows else 0
         rows_of[few] = (position, rows)
         small[table] = struct((few, *row), params[table].dtype)
-    state = jax.eval_shape(tx.init, jax.tree.unflatten(treedef, params))
+    state = jax.eval_shape(tx.init, trainee.unflatten(params))
     if any(map(_is_multi_steps, jax.tree.leaves(state, is_leaf=_is_multi_steps))):
         raise refusal(
             "optax.MultiSteps keeps its sums as rows that only emit when they are touched again; "
@@ -110,9 +126,7 @@ def lay_out_rows(
         )
     state_treedef: PyTreeDef
     whole, state_treedef = jax.tree_util.tree_flatten_with_path(state)
-    part, part_treedef = jax.tree.flatten(
-        jax.eval_shape(tx.init, jax.tree.unflatten(treedef, small))
-    )
+    part, part_treedef = jax.tree.flatten(jax.eval_shape(tx.init, trainee.unflatten(small)))
     if part_treedef != state_treedef:
         raise refusal("the structure of its state depends on the number of rows")
     owners = tuple(

@@ -18,20 +18,19 @@ the global norm does: untouched rows have zeros there, so the touched ones are e
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeAlias
 
 import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
-from jax.tree_util import PyTreeDef
 from jax.typing import ArrayLike
 
-from jaxaccum._optimizers.optax_import import Transform
 from jaxaccum._optimizers.row_numbers import is_row_named
-from jaxaccum._optimizers.state_layout import lay_out_rows, refusal, struct
+from jaxaccum._optimizers.state_layout import Trainee, lay_out_rows, refusal, struct
 from jaxaccum._rows.tree import Leaf, PyTree
 
 # Rows of the trial table: two that every step touches, one that sleeps in the last step after
@@ -50,21 +49,13 @@ _BY_POSITION = (
 _Outcome: TypeAlias = dict[str, list[Leaf]]
 
 
-def check_row_separable(
-    tx: Transform,
-    params: list[Leaf],
-    treedef: PyTreeDef,
-    tables: tuple[int, ...],
-    extra_args: Mapping[str, object],
-) -> None:
-    """Tries ``tx`` on a tiny table and raises if rows cannot be updated apart from each other.
-
-    Arguments as in `lay_out_rows`; ``extra_args`` go to ``update``, arrays among them as ones.
+def check_row_separable(trainee: Trainee) -> None:
+    """Tries a transform on a tiny table and raises if rows cannot be updated apart from each other.
 
     Raises:
       ValueError: the transform couples rows; the message says how.
     """
-    trial = Trial(tx, params, treedef, tables, extra_args)
+    trial = Trial(trainee)
     scales = np.array([1e-2, 1e2], np.float32)  # thresholds, as in clipping, act on one side only
     try:
         outcomes = run_now(trial.outcomes, scales)
@@ -89,7 +80,7 @@ def check_row_separable(
                 "it mixes the entries of different rows (as in muon, shampoo, or sm3's columns)"
             )
     # Four rows do not show what happens to the eighth.
-    if is_row_named(tx, params, treedef, tables, trial.extra_args):
+    if is_row_named(dataclasses.replace(trainee, extra_args=trial.extra_args)):
         raise refusal(_BY_POSITION)
 
 
@@ -110,18 +101,11 @@ class Trial:
 
     num_steps = 4
 
-    def __init__(
-        self,
-        tx: Transform,
-        params: list[Leaf],
-        treedef: PyTreeDef,
-        tables: tuple[int, ...],
-        extra_args: Mapping[str, object],
-    ) -> None:
-        self.tx, self.treedef, self.tables = tx, treedef, tables
-        self.params = [_shrink(p, i in tables) for i, p in enumerate(params)]
-        self.extra_args = stand_ins(extra_args)
-        self.layout = lay_out_rows(tx, self.params, treedef, tables)
+    def __init__(self, trainee: Trainee) -> None:
+        self.tx, self.treedef, self.tables = trainee.tx, trainee.treedef, trainee.tables
+        self.params = [_shrink(p, i in self.tables) for i, p in enumerate(trainee.params)]
+        self.extra_args = stand_ins(trainee.extra_args)
+        self.layout = lay_out_rows(dataclasses.replace(trainee, params=self.params))
 
     def outcomes(self, scale: ArrayLike) -> tuple[_Outcome, ...]:
         """The last step on the touched rows alone, and on all rows in four variants.

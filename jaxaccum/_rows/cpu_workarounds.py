@@ -35,6 +35,15 @@ def compute_with(rows: jax.Array, indices: jax.Array) -> jax.Array:
     return result
 
 
+def is_bitmap_faster(rows: int, num_ids: int) -> bool:
+    """Whether ``num_ids`` of so many rows are put in order by a bitmap rather than by a sort.
+
+    On a CPU a sort takes about 30 ns an id, and a bitmap about 0.25 ns a row. Elsewhere each of its
+    scatters and look-ups is dear.
+    """
+    return rows <= 128 * num_ids
+
+
 def compute_once(numbers: jax.Array) -> jax.Array:
     """Returns ``numbers [n]`` of 0 and above, computed before they are read.
 

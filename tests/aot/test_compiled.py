@@ -77,6 +77,25 @@ def test_one_device(target, path, columns, dtype, known):
         assert program.opcodes["while"] <= loops + again + probes
 
 
+# Of a gradient as it comes rows may repeat. A lazy step has its rows once each, and ends by adding
+# them to the table as `apply_updates` adds any.
+UNORDERED = {
+    "apply": 1,
+    "lazy_adam": 1,
+    "rowwise_adagrad": 1,
+    "take": 0,
+    "sum_duplicates": 0,
+    "value_and_sparse_grad": 0,
+}
+
+
+@pytest.mark.parametrize("target", [t for t in HERE if t in targets.GPUS][:1])
+@pytest.mark.parametrize("path", UNORDERED)
+def test_floats_are_added_in_an_order_of_our_own(target, path):
+    program = compiled(target, path, MIDDLE, jnp.float32, True)
+    assert len(program.unordered_adds) == UNORDERED[path]
+
+
 @pytest.mark.parametrize("target", [t for t in HERE if t != "v6e"])  # which writes them down
 def test_slices_of_bags_are_never_written_down(target):
     program = programs.bags_by_hand(TABLES)

@@ -80,11 +80,14 @@ def test_a_worker_that_fails_ends_the_run(data, monkeypatch):
 @pytest.mark.parametrize("option", ["--workers=0", "--slow=-1", "--batch=x"])
 def test_bad_options_are_refused(option, capsys):
     with pytest.raises(SystemExit):
-        example.parse([option])
+        example.main([option])
     assert option.split("=")[0] in capsys.readouterr().err
 
 
-def test_it_says_what_is_wrong_with_the_data(tmp_path):
-    with pytest.raises(SystemExit, match="error:"):
+def test_it_says_what_is_wrong_with_the_data(tmp_path, capsys):
+    with pytest.raises(SystemExit):
         example.main([f"--data={tmp_path / 'missing.npz'}"])
+    printed = capsys.readouterr().err
+    assert printed.startswith("async_workers.py: error: ")
+    assert len(printed.splitlines()) == 1
     assert model.DATA.exists()

@@ -4,6 +4,7 @@ A test should rather go by what users have. These are parts whose promises are f
 outside, parts of which there are two that must agree, and lists that must be complete.
 """
 
+from jaxaccum._accumulator import pooled_rows
 from jaxaccum._accumulator.counters import saturating_add, saturating_sum
 from jaxaccum._coordinator.coordinator import Coordinator
 from jaxaccum._coordinator.policy import Policy
@@ -36,6 +37,7 @@ __all__ = [
     "keys",
     "load_arrays",
     "match",
+    "pooled_rows",
     "rank_in_words",
     "ray_takes",
     "saturating_add",

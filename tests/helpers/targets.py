@@ -131,6 +131,20 @@ class Compiled:
             _opcode(line) for lines in self.computations.values() for line in lines
         )
 
+    @property
+    def unordered_adds(self) -> list[str]:
+        """Scatters that add floats where two updates may meet: a GPU takes them in any order."""
+        return [
+            line
+            for lines in self.computations.values()
+            for line in lines
+            if _opcode(line) == "scatter" and "unique_indices=true" not in line
+            if (body := re.search(r"to_apply=%?([\w.\-]+)", line))
+            if any(
+                re.search(r"= (f|bf)\d+\[\]\S* add\(", step) for step in self.computations[body[1]]
+            )
+        ]
+
     def copies_of(self, num_bytes: int) -> list[str]:
         """Copies of at least so many bytes, anywhere; but not into a TPU's vector memory."""
         return [

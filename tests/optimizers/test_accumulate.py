@@ -9,7 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import trees
 from breadth import in_breadth
+from internals import pooled_rows
+from trees import assert_close
+from trees import densified as dense
 
 import jaxaccum
 from jaxaccum import IndexedSlices, Verdict
@@ -26,9 +30,8 @@ def _optax_promotes():
 
 
 def make_params(dtype=jnp.float32):
-    rng = np.random.default_rng(0)
     shapes = {"bias": (3,), "items": (ROWS, WIDTH), "users": (2 * ROWS,)}
-    return {name: jnp.asarray(rng.normal(size=shape), dtype) for name, shape in shapes.items()}
+    return trees.draw(shapes, dtype=dtype)
 
 
 def make_grads(seed, items=None, users=None, dtype=jnp.float32):
@@ -45,15 +48,6 @@ def make_grads(seed, items=None, users=None, dtype=jnp.float32):
         "items": slices(items, (ROWS, WIDTH)),
         "users": slices(users, (2 * ROWS,)),
     }
-
-
-def dense(tree):
-    is_slices = functools.partial(lambda cls, x: isinstance(x, cls), IndexedSlices)
-    return jax.tree.map(lambda x: x.to_dense() if is_slices(x) else x, tree, is_leaf=is_slices)
-
-
-def assert_close(actual, expected, **tolerance):
-    jax.tree.map(functools.partial(np.testing.assert_allclose, **tolerance), actual, expected)
 
 
 def assert_same(actual, expected):
@@ -332,6 +326,61 @@ def test_counters_stay_at_the_top():
     _, state = tx.update(grad, dataclasses.replace(state, **full), table)
     assert state.global_step == top
     np.testing.assert_array_equal(state.verdict_counts, np.full(5, top))
+
+
+def test_more_rows_than_int32_can_number():
+    """Three tables of a billion rows stand under two indexes; shapes alone, nothing is computed."""
+    rows = 1_000_000_000
+    tables = {name: jax.ShapeDtypeStruct((rows, 2), jnp.float32) for name in "abc"}
+    tx = jaxaccum.accumulate(optax.sgd(0.1), 2, tables=True, capacity=5)
+    state = jax.eval_shape(tx.init, tables)
+    assert [pool.lengths for pool in state.rows] == [(rows, rows), (rows,)]
+    ids = jax.ShapeDtypeStruct((3,), jnp.int32)
+    values = jax.ShapeDtypeStruct((3, 2), jnp.float32)
+    grads = {name: IndexedSlices(ids, values, (rows, 2)) for name in tables}
+    updates, after = jax.eval_shape(tx.update, grads, state, tables)
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, state)
+    assert updates["c"].dense_shape == (rows, 2)
+
+
+def test_two_indexes_are_one(monkeypatch):
+    """The same steps, with tables under an index each."""
+    params = make_params()
+
+    def run():
+        tx = make(optax.adam(0.1), num_required=2, capacity=5)
+        update, state = jax.jit(tx.update), tx.init(params)
+        results = []
+        for seed in range(7):
+            updates, state = update(make_grads(seed), state, params)
+            results.append(updates)
+        return len(state.rows), (results, state.verdict_counts, state.peak_rows, state.num_early)
+
+    numbers, expected = run()
+    monkeypatch.setattr(pooled_rows, "_MOST_ROWS", 2 * ROWS)
+    others, actual = run()
+    assert (numbers, others) == (1, 2)
+    assert expected[-1] > 0
+    assert_same(actual, expected)
+
+
+def test_a_table_more_is_five_scatters_more():
+    """Scatters are what takes long to compile: two of sums, two of moments, one of parameters."""
+
+    def count(num_tables):
+        tx = jaxaccum.accumulate(optax.adam(0.1), 2, tables=True, capacity=8)
+        params = {f"table{k:02d}": jnp.zeros((50, 2)) for k in range(num_tables)}
+
+        def step(params, state, ids):
+            values = jnp.ones((*ids.shape, 2))
+            grads = {name: IndexedSlices(ids, values, (50, 2)) for name in params}
+            updates, state = tx.update(grads, state, params)
+            return jaxaccum.apply_updates(params, updates), state
+
+        args = params, jax.eval_shape(tx.init, params), jax.ShapeDtypeStruct((4,), jnp.int32)
+        return jax.jit(step).lower(*args).as_text().count('"stablehlo.scatter"')
+
+    assert count(4) - count(3) == 5
 
 
 def test_the_inner_transform_is_traced_once():

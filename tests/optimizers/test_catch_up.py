@@ -158,3 +158,14 @@ def test_params_are_needed():
     tx, params = jaxaccum.lazy_rows(optax.sgd(0.1), catch_up=True), make_params()
     with pytest.raises(ValueError, match="params must be given to update with catch_up"):
         jax.eval_shape(tx.update, make_batches()[0], tx.init(params))
+
+
+def test_the_count_of_steps_stays_at_the_top():
+    tx, table = jaxaccum.lazy_rows(optax.sgd(0.1, momentum=0.5), catch_up=True), jnp.ones((3, 1))
+    top = jnp.int32(2**31 - 1)
+    state = tx.init(table)._replace(num_steps=top, last_step=jnp.full(3, top, jnp.int32))
+    grad = jaxaccum.IndexedSlices(jnp.array([1]), jnp.ones((1, 1)), (3, 1))
+    updates, state = tx.update(grad, state, table)
+    assert state.num_steps == top
+    assert state.last_step.tolist() == 3 * [top]
+    np.testing.assert_allclose(updates.values, [[-0.1]], rtol=1e-6)

@@ -12,6 +12,7 @@ import numpy as np
 import optax
 import public_programs as programs
 import pytest
+from jax.sharding import AxisType
 
 import jaxaccum
 
@@ -80,6 +81,15 @@ def test_every_function_is_lowered_for_every_platform(name, known):
     program = programs.ONE_DEVICE[name](size)
     exported = jax.export.export(jax.jit(program.function), platforms=PLATFORMS)(*program.shapes)
     assert exported.platforms == tuple(PLATFORMS)
+
+
+@pytest.mark.parametrize("name", programs.FOUR_DEVICES)
+def test_every_exchange_is_lowered_for_every_platform(name):
+    mesh = jax.make_mesh((4,), (programs.AXIS,), axis_types=(AxisType.Auto,))
+    function, shapes, _ = programs.FOUR_DEVICES[name](SIZE).on(mesh)
+    exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(*shapes)
+    assert exported.platforms == tuple(PLATFORMS)
+    assert exported.nr_devices == 4
 
 
 @pytest.mark.parametrize("name", ["take", "sum_duplicates", "value_and_sparse_grad"])

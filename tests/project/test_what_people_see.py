@@ -93,6 +93,16 @@ def test_leaves_of_states_have_names_in_checkpoints():
     assert not [path for path in paths if "flat_index" in path or "<" in path]
 
 
+@pytest.fixture
+def names_matter():
+    """The cache of compiled programs tells those apart that differ in names alone."""
+    option = "jax_compilation_cache_include_metadata_in_key"
+    before = getattr(jax.config, option)
+    jax.config.update(option, True)
+    yield
+    jax.config.update(option, before)
+
+
 def scopes_of(function, *args):
     """The names of this package's parts in what XLA compiles, as a profiler shows them."""
     text = jax.jit(function).lower(*args).compile().as_text()
@@ -100,6 +110,7 @@ def scopes_of(function, *args):
     return {scope for name in names for scope in re.findall(r"jaxaccum\.(\w+)", name)}
 
 
+@pytest.mark.usefixtures("names_matter")
 @pytest.mark.parametrize("known", [True, False])
 def test_a_profiler_shows_the_parts_of_the_accumulator(known):
     state = jaxaccum.init((100 if known else None, 2), capacity=8)
@@ -109,7 +120,7 @@ def test_a_profiler_shows_the_parts_of_the_accumulator(known):
     assert scopes_of(jaxaccum.merge, state, state) == {"merge", "claim"}
 
 
-@pytest.mark.usefixtures("optax_promotes")
+@pytest.mark.usefixtures("optax_promotes", "names_matter")
 def test_a_profiler_shows_the_parts_of_an_optimizer():
     table, tx = jnp.zeros((100, 2)), jaxaccum.lazy_rows(optax.adam(0.1))
 
@@ -120,6 +131,7 @@ def test_a_profiler_shows_the_parts_of_an_optimizer():
     assert scopes_of(step, table, tx.init(table), gradient([3, 5])) == {"gather", "scatter"}
 
 
+@pytest.mark.usefixtures("names_matter")
 def test_a_profiler_shows_what_devices_exchange():
     auto = (jax.sharding.AxisType.Auto,)
     mesh = jax.make_mesh((2,), ("data",), auto, devices=jax.devices()[:2])
