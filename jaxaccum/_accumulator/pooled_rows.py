@@ -34,7 +34,6 @@ from jaxaccum._accumulator.apply import count_touches, judge, not_none, write_sl
 from jaxaccum._accumulator.row_index import NOWHERE, Bid, DirectMap
 from jaxaccum._accumulator.staleness import weigh
 from jaxaccum._accumulator.state import Verdict
-from jaxaccum._rows.cpu_workarounds import compute_once
 from jaxaccum._rows.indexed_slices import IndexedSlices
 from jaxaccum._rows.on_mesh import match_rows, unshard
 from jaxaccum._rows.public import pytree
@@ -200,9 +199,7 @@ class _Part(NamedTuple):
         new = jnp.where(claim.is_first & is_accepted, claim.slot, dropped)
         rest = jnp.where(claim.is_first, NOWHERE, claim.slot)
         base = _spread(pool.first_slots, self.sizes)
-        new_of, rest_of = (
-            pool.split(compute_once(slot - base), self.sizes) for slot in (new, rest)
-        )
+        new_of, rest_of = (pool.split(slot - base, self.sizes) for slot in (new, rest))
         sums = [
             write_slices(total, new_of[t], rest_of[t], pool.num_rows[t], num_new[t], slices[t])
             for t, total in enumerate(sums)
@@ -288,7 +285,6 @@ def _as_int32(indices: jax.Array) -> jax.Array:
 
 
 def _bid(pool: PooledRows, ids: jax.Array, sizes: tuple[int, ...]) -> _Part:
-    ids = compute_once(ids)
     row_index, bid = pool.row_index.bid(ids, sum(pool.capacities))
     return _Part(pool, row_index, bid, ids, sizes, _count(bid.is_first, sizes))
 
@@ -319,9 +315,9 @@ def take_pool(pool: PooledRows) -> tuple[PooledRows, list[HeldRows]]:
     held = list(
         map(
             HeldRows,
-            pool.split(compute_once(ids), capacities),
-            pool.split(compute_once(slot), capacities),
-            pool.split(compute_once(counts), capacities),
+            pool.split(ids, capacities),
+            pool.split(slot, capacities),
+            pool.split(counts, capacities),
         )
     )
     return dataclasses.replace(

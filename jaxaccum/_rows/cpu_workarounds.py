@@ -44,27 +44,6 @@ def is_bitmap_faster(rows: int, num_ids: int) -> bool:
     return rows <= 128 * num_ids
 
 
-def compute_once(numbers: jax.Array) -> jax.Array:
-    """Returns ``numbers [n]`` of 0 and above, computed before they are read.
-
-    XLA's CPU backend computes what is cheap where it is read: numbers made for many tables together
-    would be made anew, and compiled anew, for each table that reads its share. What takes a
-    division is computed once; a barrier does not help. Measured on jax 0.10.2: a step of 26 tables
-    compiles in three quarters of the time.
-    """
-
-    def divide(numbers: jax.Array) -> jax.Array:
-        one = jnp.where(numbers[0] < 0, 2, 1).astype(numbers.dtype)
-        return jax.lax.div(numbers, jnp.broadcast_to(one, numbers.shape))
-
-    if numbers.shape[0] == 0:
-        return numbers
-    result: jax.Array = jax.lax.platform_dependent(
-        numbers, cpu=divide, default=lambda numbers: numbers
-    )
-    return result
-
-
 def bound_indices(indices: jax.Array, rows: int) -> jax.Array:
     """Returns ``indices``, none of which is beyond ``rows``, as numbers of their own.
 
