@@ -34,7 +34,12 @@ def pytest_addoption(parser):
     )
 
 
-DEVICES = "--xla_force_host_platform_device_count=8"
+# Devices are threads here. Where they do not all come to a collective within 40 s, as on a busy
+# machine, XLA would end the process.
+DEVICES = (
+    "--xla_force_host_platform_device_count=8 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=600"
+)
 # Much of a run is XLA making programs fast that run once. By default they are compiled with less
 # care, and with --full as users get them: what is computed must be the same. A flag that a version
 # does not know would end the process, so each version has its own.

@@ -364,6 +364,7 @@ def test_two_indexes_are_one(monkeypatch):
     assert_same(actual, expected)
 
 
+@pytest.mark.cpu
 def test_a_table_more_is_five_scatters_more():
     """Scatters are what takes long to compile: two of sums, two of moments, one of parameters."""
 
