@@ -159,7 +159,13 @@ def test_links_matter_as_much_as_their_loss_takes_away(capsys):
 @pytest.mark.full
 @pytest.mark.slow
 def test_ctrl_c_ends_in_one_line_and_says_what_is_saved(tmp_path):
-    command = [sys.executable, "-u", str(EXAMPLES / "equinox_word_embeddings.py"), "--words=20000"]
+    # What a shell starts in the background does not hear Ctrl-C, nor do its children.
+    hearing = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); "
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+    )
+    example = str(EXAMPLES / "equinox_word_embeddings.py")
+    command = [sys.executable, "-c", hearing, "-u", example, "--words=20000"]
     package = str(pathlib.Path(jaxaccum.__file__).parents[1])
     process = subprocess.Popen(
         command, cwd=tmp_path, env={**os.environ, "XLA_FLAGS": "", "PYTHONPATH": package},
