@@ -22,6 +22,7 @@ COMMANDS = {
     "equinox": "equinox_word_embeddings.py",
     "async": "async_workers.py --workers 3 --backup 1 --slow 0.5 --staleness 0 --updates 300",
     "overnight": "overnight.py",
+    "server": "parameter_server.py --updates 1000 --kill 3 --test-triples 2000",
     "devices": "data_parallel.py --epochs 1",
     "processes": "multi_process.py --epochs 1",
     "relations": "sparse_relations.py",
@@ -40,7 +41,7 @@ def main(names: list[str]) -> None:
             )  # fmt: skip
             # Of a bar that is drawn over and over the last line is what stays.
             lines = [re.sub(r".*\r", "", line).rstrip() for line in done.stdout.splitlines()]
-            lines = [line for line in lines if not line.startswith("[Gloo]")]  # C++ talking
+            lines = [x for x in lines if not re.match(r"\[Gloo\]|.*\(raylet\)", x)]  # C++ talking
             shown = "\n".join([f"$ python examples/{COMMANDS[name]}", *lines]).rstrip()
             (FOLDER / f"{name}.txt").write_text(shown + "\n")
             for plot in pathlib.Path(scratch).glob("*.svg"):
