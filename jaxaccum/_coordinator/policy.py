@@ -35,5 +35,15 @@ class Policy:
         """How many steps old a gradient may be to be added at all."""
         return math.inf if self.carry_over else self.max_staleness
 
+    def __str__(self) -> str:
+        """Says it in a way that processes can compare: functions by their first values."""
+        weigh, weights = self.staleness_weight, ""
+        if weigh is not None:
+            weights = f", weights {[float(weigh(s)) for s in range(8)]}"  # type: ignore[arg-type]
+        return (
+            f"max_staleness {self.max_staleness}, exactly {self.exactly}, "
+            f"carry_over {self.carry_over}{weights}"
+        )
+
 
 TENSORFLOWS = Policy()

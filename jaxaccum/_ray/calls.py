@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.metadata
 import time
 import types
 
@@ -24,10 +23,10 @@ def import_ray() -> types.ModuleType:
         raise ImportError("jaxaccum.ray needs Ray: pip install 'jaxaccum[ray]'") from None
 
 
-@functools.cache
 def version() -> str:
     """Returns the version of this package that this process runs."""
-    return importlib.metadata.version("jaxaccum")
+    found: str = importlib.import_module("jaxaccum").__version__  # installed or not
+    return found
 
 
 def check_version(worker: str) -> None:

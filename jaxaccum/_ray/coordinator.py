@@ -73,6 +73,13 @@ class Plan:
         """For how many steps a part waits for its commit."""
         return KEEP_STEPS + self.policy.max_staleness
 
+    def __str__(self) -> str:
+        """Says what can be said of it in a line: two servers of one name must say the same."""
+        return (
+            f"{self.layout}, {self.reduction}, num_required {self.num_required}, {self.policy}, "
+            f"checkpoint_dir {self.folder}, checkpoint_every {self.checkpoint_every}"
+        )
+
 
 class View(NamedTuple):
     """What a worker must know to talk to the server as it now is."""

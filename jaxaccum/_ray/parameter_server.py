@@ -82,8 +82,9 @@ class ParameterServer:
 
     Raises:
       ImportError: Ray is not installed.
-      ValueError: ``shared_name`` is that of a server of other parameters; a bad count or policy;
-        the folder holds a checkpoint, and ``resume`` is not set, or it does not fit.
+      ValueError: ``shared_name`` is that of a server of other parameters, policy or counts (whether
+        optimizers are the same nobody can tell); a bad count or policy; the folder holds a
+        checkpoint, and ``resume`` is not set, or it does not fit.
 
     Example:
       >>> import jax.numpy as jnp, jaxaccum, jaxaccum.ray, optax
@@ -153,10 +154,10 @@ class ParameterServer:
         parts = [ray.put(layout.split_params(leaves, k)) for k in range(layout.num_shards)]
         start = self._actor.start.remote(parts, resume=resume)
         wait_for(start, Deadline(timeout), self.name)
-        found = self._look(Deadline(timeout)).layout
-        if str(found) != str(layout):
+        found = self._look(Deadline(timeout))
+        if str(found) != str(plan):
             raise ValueError(
-                f"shared_name {plan.name!r} is that of a server of {found}, not {layout}"
+                f"shared_name {plan.name!r} is that of a server of {found}, not {plan}"
             )
 
     @classmethod

@@ -17,7 +17,7 @@ from jax.typing import ArrayLike
 from jaxaccum._accumulator.state import Reduction
 from jaxaccum._coordinator import tree_accumulator as local
 from jaxaccum._coordinator.arguments import as_required, as_step, as_timeout
-from jaxaccum._coordinator.policy import Policy
+from jaxaccum._coordinator.policy import TENSORFLOWS, Policy
 from jaxaccum._coordinator.spec import TreeSpec
 from jaxaccum._coordinator.tree_accumulator import Applied
 from jaxaccum._coordinator.tree_layout import make_layout
@@ -315,9 +315,7 @@ def _skeleton(like: PyTree) -> PyTree:
 
 def _describe(spec: TreeSpec) -> str:
     """Says what an accumulator is: two of one name must say the same, in any process."""
-    weighted = ", weighted" * (spec.policy.staleness_weight is not None)
-    policy = dataclasses.replace(spec.policy, staleness_weight=None)
-    return f"{dataclasses.replace(spec, policy=policy)}{weighted}"
+    return f"{dataclasses.replace(spec, policy=TENSORFLOWS)}, {spec.policy}"
 
 
 def _rebuild(actor: Leaf, name: str, about: str, timeout: float) -> TreeAccumulator:

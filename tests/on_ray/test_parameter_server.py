@@ -169,6 +169,12 @@ def test_it_is_found_by_its_name(server):
             tables=True,
             shared_name="few rows",
         )
+    with pytest.raises(
+        ValueError, match=r"of a server of .* num_required 2.*, not .* num_requ.* 1"
+    ):
+        jaxaccum.ray.ParameterServer(
+            first_params(), optax.adagrad(0.3), tables=TABLES, num_shards=3, shared_name="few rows"
+        )
 
 
 def test_another_version_is_told(server, monkeypatch):

@@ -86,6 +86,20 @@ def test_it_is_found_by_its_name_and_no_other_is_taken_for_it(acc, cluster):
         jaxaccum.ray.TreeAccumulator(LIKE, tables=TABLES, shared_name="sums")
 
 
+def test_accumulators_of_one_name_weigh_alike(cluster):
+    def make(weight):
+        return jaxaccum.ray.TreeAccumulator(
+            LIKE, tables=TABLES, max_staleness=2, staleness_weight=weight,
+            shared_name="weighted", timeout=SECONDS,
+        )  # fmt: skip
+
+    acc = make(lambda old: 1 / (1.0 + old))
+    assert make(lambda age: 1 / (age + 1.0)).global_step == acc.global_step
+    with pytest.raises(ValueError, match=r"weights \[1\.0, 0\.5, .*, not .* 0\.7"):
+        make(lambda old: (1.0 + old) ** -0.5)
+    acc.close()
+
+
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
