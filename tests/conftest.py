@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import pathlib
 
 import hypothesis
 import jax
@@ -75,6 +76,18 @@ def pytest_collection_modifyitems(config, items):
             left_out = [item for item in items if item.get_closest_marker(marker)]
             config.hook.pytest_deselected(items=left_out)
             items[:] = [item for item in items if item not in left_out]
+
+
+# A compiled program takes some thirty memory maps, of which Linux gives a process 65,530 by default;
+# without one the compiler ends the process, and says no word.
+MAPS, MANY_MAPS = pathlib.Path("/proc/self/maps"), 15_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_are_let_go():
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
 
 
 @pytest.fixture
