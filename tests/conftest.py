@@ -78,8 +78,8 @@ def pytest_collection_modifyitems(config, items):
             items[:] = [item for item in items if item not in left_out]
 
 
-# A compiled program takes some thirty memory maps, of which Linux gives a process 65,530 by default;
-# without one the compiler ends the process, and says no word.
+# A compiled program takes some thirty memory maps, of which Linux gives a process 65,530 by
+# default; without one the compiler ends the process, and says no word.
 MAPS, MANY_MAPS = pathlib.Path("/proc/self/maps"), 15_000
 
 
