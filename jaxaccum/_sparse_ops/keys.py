@@ -181,13 +181,24 @@ def find_lower_bounds(
     (num_rows,) = table[0].shape
     if num_rows == 0:
         return tuple(jnp.zeros(asked[0].shape, jnp.int32) for asked in queries)
-    if num_rows < _DIRECTORY_FROM:
-        return tuple(_halve_all(table, q) for q in queries)
-    bucket_of = _make_directory(table[0], largest)
-    return tuple(_halve_from(table, q, *bucket_of(q[0])) for q in queries)
+
+    def narrow(table: Words, largest: jax.Array, *queries: Words) -> tuple[jax.Array, ...]:
+        if num_rows < _DIRECTORY_FROM:
+            return tuple(_halve_all(table, q) for q in queries)
+        bucket_of = _make_directory(table[0], largest)
+        return tuple(_halve_from(table, q, *bucket_of(q[0])) for q in queries)
+
+    # Written out, all rounds are one kernel of a GPU, where the host drives a loop.
+    def write_out(table: Words, largest: jax.Array, *queries: Words) -> tuple[jax.Array, ...]:
+        return tuple(_halve_all(table, q, unroll=True) for q in queries)
+
+    return lax.platform_dependent(
+        table, jnp.asarray(largest, table[0].dtype), *queries,
+        cuda=write_out, rocm=write_out, default=narrow,
+    )  # fmt: skip
 
 
-def _halve_all(table: Words, queries: Words) -> jax.Array:
+def _halve_all(table: Words, queries: Words, *, unroll: bool = False) -> jax.Array:
     """Binary search in the whole of a small table: rounds known in advance cost less to start."""
     (num_rows,) = table[0].shape
     levels = num_rows.bit_length()
@@ -198,7 +209,7 @@ def _halve_all(table: Words, queries: Words) -> jax.Array:
     # The first round stands before the loop, whose carry must differ by device (`jax.shard_map`)
     # from the start if it ever does.
     first = halve(0, jnp.zeros(queries[0].shape, jnp.int32))
-    return jnp.minimum(lax.fori_loop(1, levels, halve, first), num_rows)
+    return jnp.minimum(lax.fori_loop(1, levels, halve, first, unroll=unroll), num_rows)
 
 
 def _halve_from(table: Words, queries: Words, first: jax.Array, widest: jax.Array) -> jax.Array:

@@ -110,7 +110,9 @@ def test_slices_of_bags_are_never_written_down(target):
 @pytest.mark.parametrize("path", ["sparse_add", "sparse_slice", "sparse_add_grad"])
 def test_sparse_ops(target, path):
     program = programs.ONE_DEVICE[path](TABLES)
-    assert targets.compile_for(target, program.function, *program.shapes).temp < 2 * MB
+    compiled = targets.compile_for(target, program.function, *program.shapes)
+    assert compiled.temp < 2 * MB
+    assert target in targets.TPUS or not compiled.opcodes["while"]  # the host would drive it
 
 
 # The bounds count what is exchanged: rows of four devices, or a table and its sums.
