@@ -185,15 +185,15 @@ def counts_table() -> str:
     rows.append("|---" * (2 + len(changing + fixed)) + "|")
     for point in after.points:
         for path, now in point["figures"].items():
-            was = old.get(point["point"], {}).get(path)
-            if was is None:
+            if point["point"] not in old:
                 continue
+            was = old[point["point"]].get(path, now)  # some paths were not asked for before
             cells = [
                 str(now[key]) if was[key] == now[key] else f"{was[key]} → {now[key]}"
                 for key in changing
             ]
-            if not now["accessed MB"]:
-                cells[-1] = ""  # no estimate
+            if not was["accessed MB"]:  # nor was this
+                cells[-1] = str(now["accessed MB"])
             cells += [str(now[key]) for key in fixed]
             rows.append(f"| {point['point']} | `{path}` | " + " | ".join(cells) + " |")
     return "\n".join(rows)

@@ -26,6 +26,7 @@ os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
 # Without it a second process stops at a lock file.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
+import hlo_bytes
 import jax
 import numpy as np
 from jax.experimental import topologies
@@ -132,6 +133,12 @@ class Compiled:
         )
 
     @property
+    def moved(self) -> int:
+        """Bytes that the kernels move by their operands; those of a loop's body once."""
+        kernels = [line for line in self.launched if _opcode(line) not in _FREE]
+        return hlo_bytes.count_bytes(self.computations, kernels)
+
+    @property
     def unordered_adds(self) -> list[str]:
         """Scatters that add floats where two updates may meet: a GPU takes them in any order."""
         return [
@@ -151,7 +158,7 @@ class Compiled:
             line
             for lines in self.computations.values()
             for line in lines
-            if _opcode(line) in ("copy", "copy-start") and _bytes_of(line) >= num_bytes
+            if _copied_by(line) >= num_bytes
             if "S(1)" not in line.split(" copy")[0]
         ]
 
@@ -162,19 +169,18 @@ _FREE = _CALLS | {
     *("partition-id", "replica-id", "copy-done", "async-done", "all-gather-done", "opt-barrier"),
     *("all-reduce-done", "send-done", "recv-done", "async-update", "add-dependency", ""),
 }
-_WIDTHS = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4}
 
 
 def _opcode(line: str) -> str:
-    found = re.match(r"(?:ROOT )?%?[\w.\-]+ = (?:\(.*?\)|\S+) ([\w\-]+)\(", line)
-    return found[1] if found else ""
+    op = hlo_bytes.parse(line)
+    return op.opcode if op else ""
 
 
-def _bytes_of(line: str) -> int:
-    found = re.search(r"= \(?(\w+)\[([\d,]*)\]", line)
-    if not found:
-        return 0
-    return _WIDTHS.get(found[1], 8) * int(np.prod([int(n) for n in found[2].split(",") if n]))
+def _copied_by(line: str) -> int:
+    op = hlo_bytes.parse(line)
+    # What starts a copy makes a pair of both buffers.
+    shares = {"copy": 1, "copy-start": 2}
+    return op.size // shares[op.opcode] if op and op.opcode in shares else 0
 
 
 def compile_for(
