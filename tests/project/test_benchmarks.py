@@ -296,21 +296,27 @@ def test_what_was_measured_on_is_told():
 
 
 def test_the_table_of_counts_is_made_anew(tmp_path, monkeypatch):
-    def counts(name, kernels, accessed, **others):
-        metrics = {"kernels": kernels, "sorts": 0, "scatters": 3, "loops": 0, "temp MB": 1.5}
-        metrics |= {"accessed MB": accessed, "must move MB": 34.6, "least us": 10.3}
-        point = {"case": "compiled", "point": "v5e", "at": {}}
-        found = Results(points=[point | {"figures": {"take": metrics, **others}}])
-        found.write(tmp_path / name)
+    def metrics(kernels, accessed):
+        made = {"kernels": kernels, "sorts": 0, "scatters": 3, "loops": 0, "temp MB": 1.5}
+        return made | {"accessed MB": accessed, "must move MB": 34.6, "least us": 10.3}
+
+    def counts(name, **figures):
+        point = {"case": "compiled", "point": "v5e", "at": {}, "figures": figures}
+        Results(points=[point]).write(tmp_path / name)
         return tmp_path / name
 
-    files = counts("before", 21, 500), counts("after", 12, 500, merge={})
-    monkeypatch.setattr(figures, "COUNTS", files)
+    before = counts("before", take=metrics(21, 500), apply=metrics(9, 0))
+    after = counts("after", take=metrics(12, 400), apply=metrics(9, 6.5), merge=metrics(14, 90))
+    monkeypatch.setattr(figures, "COUNTS", (before, after))
     page = figures.renewed("<!--counts-->\n| old |\n<!--end-->\n", Results())
-    first, names, line, row, last, _ = page.text.split("\n")
+    first, names, line, *rows, last, _ = page.text.split("\n")
     assert (first, last) == ("<!--counts-->", "<!--end-->")
-    assert names.count("|") == line.count("|") == row.count("|")
-    assert row == "| v5e | `take` | 21 → 12 | 0 | 3 | 0 | 1.5 | 500 | 34.6 | 10.3 |"
+    assert {names.count("|"), line.count("|")} == {row.count("|") for row in rows}
+    assert rows == [
+        "| v5e | `take` | 21 → 12 | 0 | 3 | 0 | 1.5 | 500 → 400 | 34.6 | 10.3 |",
+        "| v5e | `apply` | 9 | 0 | 3 | 0 | 1.5 | 6.5 | 34.6 | 10.3 |",  # not counted before
+        "| v5e | `merge` | 14 | 0 | 3 | 0 | 1.5 | 90 | 34.6 | 10.3 |",  # nor asked for
+    ]
 
 
 @pytest.mark.parametrize(
