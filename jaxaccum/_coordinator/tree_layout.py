@@ -15,10 +15,9 @@ from jaxaccum._coordinator.errors import InvalidArgumentError
 from jaxaccum._coordinator.host_gradient import HostGradient, assemble, check_dense, check_rows
 from jaxaccum._coordinator.policy import Policy
 from jaxaccum._coordinator.spec import DenseSpec, Spec, TreeSpec
-from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.indexed_slices import IndexedSlices, is_slices
 from jaxaccum._rows.tables import Tables, select_tables
 from jaxaccum._rows.tree import PyTree
-from jaxaccum._rows.unique_rows import is_slices
 
 _Kind = TypeVar("_Kind", bound=Spec)
 

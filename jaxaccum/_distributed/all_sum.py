@@ -7,9 +7,8 @@ import dataclasses
 import jax
 
 from jaxaccum._distributed.exchange import AxisName, all_gather, axis_size
-from jaxaccum._rows.indexed_slices import as_device_slices
+from jaxaccum._rows.indexed_slices import as_device_slices, is_slices
 from jaxaccum._rows.tree import Leaf, PyTree
-from jaxaccum._rows.unique_rows import is_slices
 
 
 def all_sum(grads: PyTree, axis_name: AxisName) -> PyTree:

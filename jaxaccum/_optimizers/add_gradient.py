@@ -21,10 +21,10 @@ from jaxaccum._optimizers.micro_batch_state import (
     params_structure,
     with_sums,
 )
-from jaxaccum._rows.indexed_slices import as_slices, check_indices
+from jaxaccum._rows.indexed_slices import as_slices, check_indices, is_slices
 from jaxaccum._rows.row_arithmetic import promote_dtypes
 from jaxaccum._rows.tree import PyTree
-from jaxaccum._rows.unique_rows import is_slices, zero_padding
+from jaxaccum._rows.unique_rows import zero_padding
 
 
 class Gradient(NamedTuple):

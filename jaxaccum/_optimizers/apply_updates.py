@@ -6,10 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxaccum._optimizers.unique_leaf import UniqueRows
-from jaxaccum._rows.indexed_slices import add_update, as_device_slices, is_invalid
+from jaxaccum._rows.indexed_slices import add_update, as_device_slices, is_invalid, is_slices
 from jaxaccum._rows.row_arithmetic import promote_dtypes
 from jaxaccum._rows.tree import Leaf, PyTree
-from jaxaccum._rows.unique_rows import is_slices
 
 
 def apply_updates(params: PyTree, updates: PyTree) -> PyTree:

@@ -10,9 +10,8 @@ import numpy as np
 from jax.tree_util import PyTreeDef
 
 from jaxaccum._optimizers.optax_import import import_optax
-from jaxaccum._rows.indexed_slices import IndexedSlices, as_slices
+from jaxaccum._rows.indexed_slices import IndexedSlices, as_slices, is_slices
 from jaxaccum._rows.tree import Leaf, PyTree
-from jaxaccum._rows.unique_rows import is_slices
 
 if TYPE_CHECKING:
     import optax  # type: ignore[import-untyped]

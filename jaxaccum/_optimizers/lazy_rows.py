@@ -33,11 +33,11 @@ from jaxaccum._optimizers.state_layout import (
 from jaxaccum._optimizers.trial import TrialFailedError, check_row_separable
 from jaxaccum._optimizers.unique_leaf import UniqueRows, fit_updates
 from jaxaccum._rows.cpu_workarounds import bound_indices
-from jaxaccum._rows.indexed_slices import IndexedSlices, fit_to_table
+from jaxaccum._rows.indexed_slices import IndexedSlices, fit_to_table, is_slices
 from jaxaccum._rows.row_arithmetic import gather_rows, scatter_rows
 from jaxaccum._rows.row_major import warn_if_copied
 from jaxaccum._rows.tree import Leaf, PyTree
-from jaxaccum._rows.unique_rows import is_slices, unique_rows, zero_padding
+from jaxaccum._rows.unique_rows import unique_rows, zero_padding
 
 if TYPE_CHECKING:
     import optax  # type: ignore[import-untyped]

@@ -23,9 +23,8 @@ from jaxaccum._optimizers.micro_batch_state import (
     with_sums,
 )
 from jaxaccum._optimizers.unique_leaf import UniqueRows
-from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.indexed_slices import IndexedSlices, is_slices
 from jaxaccum._rows.tree import PyTree
-from jaxaccum._rows.unique_rows import is_slices
 
 
 def over_devices(

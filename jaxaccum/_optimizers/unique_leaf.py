@@ -7,10 +7,9 @@ from typing import Any
 
 import jax
 
-from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.indexed_slices import IndexedSlices, is_slices
 from jaxaccum._rows.modules import holds_equinox
 from jaxaccum._rows.tree import PyTree
-from jaxaccum._rows.unique_rows import is_slices
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,9 +22,9 @@ from jaxaccum._ray.calls import NAMESPACE, Deadline, import_ray, version, wait_f
 from jaxaccum._ray.coordinator import ParameterServerCoordinator, Plan, View
 from jaxaccum._ray.errors import FailedError, RolledBackError, UnavailableError
 from jaxaccum._ray.layout import Layout, Part
+from jaxaccum._rows.indexed_slices import is_slices
 from jaxaccum._rows.tables import Tables
 from jaxaccum._rows.tree import Leaf, PyTree
-from jaxaccum._rows.unique_rows import is_slices
 
 _RETRY_SECONDS = 0.1
 

@@ -25,9 +25,9 @@ from jaxaccum._optimizers.state_layout import struct_of
 from jaxaccum._ray.answers import Answers
 from jaxaccum._ray.calls import NAMESPACE, Deadline, check_version, import_ray, version, wait_for
 from jaxaccum._ray.takes import ASK_SECONDS, Takes
+from jaxaccum._rows.indexed_slices import is_slices
 from jaxaccum._rows.tables import Tables
 from jaxaccum._rows.tree import Leaf, PyTree
-from jaxaccum._rows.unique_rows import is_slices
 
 
 class Design(NamedTuple):

@@ -296,6 +296,11 @@ def as_slices(slices: IndexedSlices, name: str) -> IndexedSlices:
         ) from err
 
 
+def is_slices(node: object) -> bool:
+    """Whether ``node`` is an ``IndexedSlices``: an ``is_leaf`` for trees that mix them in."""
+    return isinstance(node, IndexedSlices)
+
+
 def fit_to_table(
     slices: IndexedSlices, table_shape: tuple[int | None, ...] | None, name: str
 ) -> IndexedSlices:

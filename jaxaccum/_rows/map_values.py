@@ -9,9 +9,10 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxaccum._rows.indexed_slices import is_slices
 from jaxaccum._rows.row_arithmetic import promote_dtypes, sum_dtype
 from jaxaccum._rows.tree import Leaf, PyTree
-from jaxaccum._rows.unique_rows import is_slices, sum_duplicates
+from jaxaccum._rows.unique_rows import sum_duplicates
 
 
 def map_values(fun: Callable[[jax.Array], jax.Array], tree: PyTree) -> PyTree:

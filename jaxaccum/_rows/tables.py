@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxaccum._rows.indexed_slices import is_slices
 from jaxaccum._rows.tree import Leaf, PyTree
-from jaxaccum._rows.unique_rows import is_slices
 
 # The way to a leaf.
 KeyPath: TypeAlias = tuple[Any, ...]

@@ -10,11 +10,6 @@ from jaxaccum._rows.indexed_slices import IndexedSlices, as_device_slices
 from jaxaccum._rows.row_arithmetic import expand_to_rows, sum_repeated
 
 
-def is_slices(node: object) -> bool:
-    """Whether ``node`` is an ``IndexedSlices``: an ``is_leaf`` for trees that mix them in."""
-    return isinstance(node, IndexedSlices)
-
-
 def zero_padding(slices: IndexedSlices) -> IndexedSlices:
     """Returns ``slices`` with values of zero where the index is padding."""
     is_padding = expand_to_rows(slices.indices == slices.padding_index, slices.values)

@@ -13,10 +13,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core
 
-from jaxaccum._rows.indexed_slices import IndexedSlices
+from jaxaccum._rows.indexed_slices import IndexedSlices, is_slices
 from jaxaccum._rows.tables import KeyPath, Tables, select_tables
 from jaxaccum._rows.tree import Leaf, PyTree
-from jaxaccum._rows.unique_rows import is_slices
 from jaxaccum._sparse_grad.evaluate import evaluate
 from jaxaccum._sparse_grad.jaxpr import AnyJaxpr, Cause, get_varying_axes, open_jaxpr
 from jaxaccum._sparse_grad.module_arguments import (
