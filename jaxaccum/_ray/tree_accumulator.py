@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxaccum._accumulator.state import Reduction
+from jaxaccum._accumulator.state import Reduction, Verdict
 from jaxaccum._coordinator import tree_accumulator as local
 from jaxaccum._coordinator.arguments import as_required, as_step, as_timeout
 from jaxaccum._coordinator.policy import TENSORFLOWS, Policy
@@ -28,6 +28,10 @@ from jaxaccum._ray.takes import ASK_SECONDS, Takes
 from jaxaccum._rows.indexed_slices import is_slices
 from jaxaccum._rows.tables import Tables
 from jaxaccum._rows.tree import Leaf, PyTree
+
+# The key of a push, the gradient, its step and whose it is. Each argument of a call costs Ray a
+# serialization, and each class in it a look-up: so it is one argument, and a plain tuple.
+Push = tuple[str, PyTree, int, str | None]
 
 
 class Design(NamedTuple):
@@ -63,17 +67,21 @@ class TreeAccumulatorActor:
         if about != self._about:
             raise ValueError(f"shared_name is that of an accumulator of {self._about}, not {about}")
 
-    async def apply_grad(
-        self, key: str, grads: PyTree, local_step: int, worker: str | None
-    ) -> Applied:
+    async def apply_grad(self, push: Push) -> Applied:
         """Adds a gradient once, however often it comes."""
         self._takes.expire()
+        key, grads, local_step, worker = push
         # Nothing is awaited between the look and the answer: a repetition cannot slip in between.
         if (before := self._answers.find(key)) is not None:
             return Applied(before, self._acc.global_step)
         applied = self._acc.apply_grad(grads, local_step, worker=worker)
         self._answers.keep(key, applied.verdict)
         return applied
+
+    async def apply_grad_plainly(self, push: Push) -> tuple[int, int]:
+        """Does as `apply_grad`, and answers with numbers, which Ray need not pickle."""
+        verdict, step = await self.apply_grad(push)
+        return int(verdict), step
 
     async def ask_take(
         self, ticket: str, num_required: int, timeout: float | None, trim: bool, seconds: float
@@ -187,7 +195,9 @@ class TreeAccumulator:
           InvalidArgumentError, CancelledError: as there.
           UnavailableError: there was no answer in time; it may have been added.
         """
-        return self._wait(self.apply_grad_ref(grads, local_step, worker=worker, key=key))
+        push = self._push(grads, local_step, worker, key)
+        verdict, step = self._wait(self._actor.apply_grad_plainly.remote(push))
+        return Applied(Verdict(verdict), step)
 
     def apply_grad_ref(
         self,
@@ -198,10 +208,7 @@ class TreeAccumulator:
         key: str | None = None,
     ) -> Leaf:
         """Begins `apply_grad`, and returns a Ray ``ObjectRef`` of its answer."""
-        self._greet()
-        key = f"{self._client}-{next(self._numbers)}" if key is None else key
-        step = as_step(local_step, "local_step")
-        return self._actor.apply_grad.remote(key, to_host(grads), step, worker)
+        return self._actor.apply_grad.remote(self._push(grads, local_step, worker, key))
 
     async def apply_grad_async(
         self,
@@ -275,6 +282,14 @@ class TreeAccumulator:
     def close(self) -> None:
         """Cancels all who wait, and frees the memory; whatever is called afterwards raises."""
         self._call("close")
+
+    def _push(
+        self, grads: PyTree, local_step: ArrayLike, worker: str | None, key: str | None
+    ) -> Push:
+        """What the actor is sent of a gradient."""
+        self._greet()
+        key = f"{self._client}-{next(self._numbers)}" if key is None else key
+        return key, to_host(grads), as_step(local_step, "local_step"), worker
 
     def _asker(self, num_required: int, timeout: float | None, *, trim: bool) -> Callable[[], Leaf]:
         """What asks, again and again, under one ticket."""
