@@ -99,8 +99,13 @@ def assemble(
     sharding: _Sharding,
     tables: list[tuple[np.ndarray, _Values, int]],
     dense: list[_Values],
+    *,
+    copies: bool = True,
 ) -> HostGradient:
-    """Puts the checked leaves of one gradient together, padded unless they are small."""
+    """Puts the checked leaves of one gradient together, padded unless they are small.
+
+    Without ``copies`` nobody writes to NumPy arrays any more: they are used in place if they fit.
+    """
     indices, values, num_slices, sizes = [], [], [], []
     row_shapes: list[tuple[int, ...]] = []
     num_bytes, is_small = 0, True
@@ -120,24 +125,34 @@ def assemble(
         is_small = is_small and isinstance(leaf, np.ndarray)
     is_small = is_small and num_bytes <= SMALL
     read = HostGradient(indices, values, dense, num_slices, tuple(sizes), row_shapes, is_small)
-    return read if is_small else _pad_all(read, spec, sharding)
+    return read if is_small else _pad_all(read, spec, sharding, copies=copies)
 
 
-def _pad_all(read: HostGradient, spec: TreeSpec, sharding: _Sharding) -> HostGradient:
+def _pad_all(
+    read: HostGradient, spec: TreeSpec, sharding: _Sharding, *, copies: bool = True
+) -> HostGradient:
     """Returns a gradient of padded sizes, in memory of its own wherever NumPy could change it."""
+
+    def own(array: np.ndarray, size: int, fill: int | None, dtype: np.dtype) -> np.ndarray:
+        if not copies and array.shape[0] == size and array.dtype == dtype:
+            return array
+        return pad(array, size, fill, dtype)
+
     return read._replace(
         indices=[
-            pad(ids, size, table.padding, _INT32)
+            own(ids, size, table.padding, _INT32)
             for ids, size, table in zip(read.indices, read.sizes, spec.tables, strict=True)
         ],
         values=[
-            pad(rows, size, None, rows.dtype)
+            own(rows, size, None, rows.dtype)
             if isinstance(rows, np.ndarray)
             else _transfer(rows, size, sharding)
             for rows, size in zip(read.values, read.sizes, strict=True)
         ],
         dense=[
-            copy(leaf) if isinstance(leaf, np.ndarray) else _transfer(leaf, None, sharding)
+            (copy(leaf) if copies else leaf)
+            if isinstance(leaf, np.ndarray)
+            else _transfer(leaf, None, sharding)
             for leaf in read.dense
         ],
         is_small=False,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Hashable
 from typing import Any, NamedTuple
 
@@ -117,6 +118,9 @@ class TreeAccumulator(Handle):
     Learning with Buffered Asynchronous Aggregation" (2022).
     """
 
+    # Whether whoever hands a gradient over never writes to its NumPy arrays again.
+    _owns_gradients = False
+
     @outside_jit
     def __init__(
         self,
@@ -135,6 +139,8 @@ class TreeAccumulator(Handle):
     ) -> None:
         policy = Policy(max_staleness, staleness_weight, exactly, carry_over)
         layout, capacities = make_layout(like, tables, capacity, reduction, policy)
+        # What is kept would keep the memory of others alive, perhaps more of it.
+        layout = dataclasses.replace(layout, copies=exactly or not self._owns_gradients)
         self._layout = layout
         make = Kept if exactly else DeviceState
         super().__init__(

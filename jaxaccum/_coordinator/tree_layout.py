@@ -30,12 +30,14 @@ class Layout:
       spec: what they are.
       tables, dense: what each is, and its place among the leaves of the tree.
       paths: how errors call the leaves of the tree.
+      copies: whether NumPy arrays of gradients are copied, for their owner may write to them.
     """
 
     spec: TreeSpec
     tables: tuple[tuple[Spec, int], ...]
     dense: tuple[tuple[DenseSpec, int], ...]
     paths: tuple[str, ...]
+    copies: bool = True
 
     def read(self, spec: TreeSpec, sharding: jax.sharding.Sharding, grads: PyTree) -> HostGradient:
         """Checks all leaves of a gradient."""
@@ -53,7 +55,7 @@ class Layout:
                 dense.append(_check_dense(leaf, leaves[place]))
         except InvalidArgumentError as error:
             raise InvalidArgumentError(f"grads{self.paths[place]}: {error}") from None
-        return assemble(spec, sharding, tables, dense)
+        return assemble(spec, sharding, tables, dense, copies=self.copies)
 
     def join(self, tables: list[IndexedSlices], dense: list[jax.Array]) -> PyTree:
         """Returns the tree of what was taken."""

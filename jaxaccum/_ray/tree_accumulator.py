@@ -44,12 +44,18 @@ class Design(NamedTuple):
     policy: Policy
 
 
+class OwningAccumulator(local.TreeAccumulator):
+    """Of gradients that Ray has brought, in memory that nobody can write to: none is copied."""
+
+    _owns_gradients = True
+
+
 class TreeAccumulatorActor:
     """The actor. One event loop runs all of it; those who wait do so beside it."""
 
     def __init__(self, design: Design, about: str) -> None:
         like, tables, reduction, capacity, policy = design
-        self._acc = local.TreeAccumulator(
+        self._acc = OwningAccumulator(
             like,
             tables=tables,
             reduction=reduction,

@@ -14,6 +14,7 @@ import ray
 
 import jaxaccum
 import jaxaccum.ray
+from jaxaccum._ray.tree_accumulator import OwningAccumulator
 
 pytestmark = pytest.mark.slow
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import it
@@ -175,6 +176,55 @@ def test_what_is_saved_can_be_loaded(acc):
     check(acc.take_grad(1, timeout=SECONDS), [6])
     acc.set_global_step(step + 5)
     assert acc.global_step == step + 5
+
+
+def large_gradients(num, ids):
+    """Of many bytes, which travel in Ray's store: integers, so that sums are exact."""
+    rng = np.random.default_rng(num)
+    return [
+        {
+            "table": jaxaccum.IndexedSlices(
+                rng.integers(0, 50, ids).astype(np.int32),
+                rng.integers(-8, 8, (ids, 64)).astype(np.float32),
+                (1000, 64),
+            ),
+            "dense": rng.integers(-8, 8, (256, 128)).astype(np.float32),
+        }
+        for _ in range(num)
+    ]
+
+
+@pytest.mark.parametrize(("ids", "exactly"), [(512, False), (500, False), (512, True)])
+def test_large_gradients_are_summed(cluster, ids, exactly):
+    given = large_gradients(3, ids)
+    acc = jaxaccum.ray.TreeAccumulator(
+        given[0], reduction="sum", capacity=800, exactly=exactly, timeout=SECONDS
+    )
+    expected = np.zeros((1000, 64), np.float32)
+    for grad in given:
+        acc.apply_grad(grad)
+        np.add.at(expected, grad["table"].indices, grad["table"].values)
+    taken = acc.take_grad(3, timeout=SECONDS)
+    acc.close()
+    assert isinstance(taken["table"].values, np.ndarray)
+    np.testing.assert_array_equal(taken["table"].to_dense(), expected)
+    np.testing.assert_array_equal(taken["dense"], sum(grad["dense"] for grad in given))
+
+
+def read_in_actor(ids, *, exactly):
+    """What the actor hands to the device for a gradient, table and dense leaf."""
+    (grad,) = large_gradients(1, ids)
+    acc = OwningAccumulator(grad, exactly=exactly)
+    read = acc._core._accumulated.read(grad)
+    theirs = grad["table"].indices, grad["table"].values, grad["dense"]
+    ours = read.indices[0], read.values[0], read.dense[0]
+    return [np.shares_memory(a, b) for a, b in zip(ours, theirs, strict=True)]
+
+
+def test_the_actor_copies_only_what_must_be_padded_or_is_kept():
+    assert read_in_actor(512, exactly=False) == [True, True, True]
+    assert read_in_actor(500, exactly=False) == [False, False, True]
+    assert read_in_actor(512, exactly=True) == [False, False, False]
 
 
 def test_another_version_is_told(acc, monkeypatch):
