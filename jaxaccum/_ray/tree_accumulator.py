@@ -17,6 +17,7 @@ from jax.typing import ArrayLike
 from jaxaccum._accumulator.state import Reduction, Verdict
 from jaxaccum._coordinator import tree_accumulator as local
 from jaxaccum._coordinator.arguments import as_required, as_step, as_timeout
+from jaxaccum._coordinator.host_memory import round_up
 from jaxaccum._coordinator.policy import TENSORFLOWS, Policy
 from jaxaccum._coordinator.spec import TreeSpec
 from jaxaccum._coordinator.tree_accumulator import Applied
@@ -99,7 +100,7 @@ class TreeAccumulatorActor:
     async def take_grad(self, num_required: int, timeout: float | None, trim: bool) -> PyTree:
         """Takes for whoever holds the reference to what this returns."""
         taken = await self._acc.take_grad_async(num_required, timeout=timeout, trim=trim)
-        return await asyncio.to_thread(to_host, taken)
+        return await asyncio.to_thread(_ready_to_travel, taken)
 
     async def call(self, method: str, *args: Leaf) -> Leaf:
         """Calls a method that neither waits nor takes."""
@@ -320,6 +321,20 @@ class TreeAccumulator:
 def to_host(tree: PyTree) -> PyTree:
     """Returns a tree of NumPy arrays: what Ray moves without copies of its own."""
     return jax.tree.map(np.asarray, tree)
+
+
+def _ready_to_travel(taken: PyTree) -> PyTree:
+    """Returns it as NumPy arrays, without most of the padding: that would be moved as well."""
+
+    def cut(leaf: Leaf) -> Leaf:
+        leaf = to_host(leaf)
+        if not is_slices(leaf):
+            return leaf
+        num_rows = int(np.searchsorted(leaf.indices, leaf.padding_index))
+        size = round_up(num_rows, len(leaf.indices))
+        return type(leaf)(leaf.indices[:size], leaf.values[:size], leaf.dense_shape)
+
+    return jax.tree.map(cut, taken, is_leaf=is_slices)
 
 
 def _skeleton(like: PyTree) -> PyTree:

@@ -195,7 +195,7 @@ def large_gradients(num, ids):
 
 
 @pytest.mark.parametrize(("ids", "exactly"), [(512, False), (500, False), (512, True)])
-def test_large_gradients_are_summed(cluster, ids, exactly):
+def test_large_gradients_are_summed_and_travel_back_without_much_padding(cluster, ids, exactly):
     given = large_gradients(3, ids)
     acc = jaxaccum.ray.TreeAccumulator(
         given[0], reduction="sum", capacity=800, exactly=exactly, timeout=SECONDS
@@ -207,6 +207,7 @@ def test_large_gradients_are_summed(cluster, ids, exactly):
     taken = acc.take_grad(3, timeout=SECONDS)
     acc.close()
     assert isinstance(taken["table"].values, np.ndarray)
+    assert taken["table"].values.shape == (64, 64)  # 50 rows, rounded up
     np.testing.assert_array_equal(taken["table"].to_dense(), expected)
     np.testing.assert_array_equal(taken["dense"], sum(grad["dense"] for grad in given))
 
