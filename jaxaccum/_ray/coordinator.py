@@ -149,21 +149,26 @@ class ParameterServerCoordinator:
         return View(self._epoch, self._shards, self._plan)
 
     async def commit(
-        self, epoch: str, key: str, local_step: int, worker: str | None, *staged_at: int
-    ) -> tuple[Verdict, int]:
-        """Decides on a gradient of which all parts are there; begins a step if it was the last."""
+        self, push: tuple[str, str, int, str | None], *staged_at: int
+    ) -> tuple[int, int]:
+        """Decides on a gradient of which all parts are there; begins a step if it was the last.
+
+        Each argument costs Ray a serialization, and each class in it a look-up: so the epoch, the
+        key, the gradient's step and its worker are one, and the verdict is a number.
+        """
+        epoch, key, local_step, worker = push
         await self._open()
         if epoch != self._epoch:
             raise RolledBackError(f"the server is at {self._epoch}, not {epoch}")
         if (before := self._tickets.answers.find(key)) is not None:
-            return before, self._tickets.step
+            return int(before), self._tickets.step
         verdict = self._tickets.commit(key, local_step, worker, min(staged_at))
         if verdict == Verdict.ACCEPTED:
             self._lost.pop(key, None)  # lost with the last server, and here again
             self._note("accepted", key)
             while taken := self._tickets.take():
                 self._begin_step([Entry(t.key, t.weight) for t in taken])
-        return verdict, self._tickets.step
+        return int(verdict), self._tickets.step
 
     async def statistics(self) -> dict[str, object]:
         """Returns what became of the gradients, and how the server is."""

@@ -268,10 +268,10 @@ class ParameterServer:
         def attempt(view: View) -> Leaf:
             # Shards that get nothing are asked too: all are of this epoch, or nothing counts.
             staged = [
-                shard.stage.remote(view.epoch, key, part)
+                shard.stage.remote((view.epoch, key, part))
                 for shard, part in zip(view.shards, parts, strict=True)
             ]
-            return self._actor.commit.remote(view.epoch, key, local_step, worker, *staged)
+            return self._actor.commit.remote((view.epoch, key, local_step, worker), *staged)
 
         verdict, step = self._call(attempt, deadline)
         return Applied(Verdict(verdict), step)

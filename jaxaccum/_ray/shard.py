@@ -124,8 +124,9 @@ class ParameterServerShard:
         }
         return rows, self._step
 
-    async def stage(self, epoch: str, key: str, part: Part) -> int:
+    async def stage(self, push: tuple[str, str, Part]) -> int:
         """Keeps a part until its gradient is counted; returns the step it came at."""
+        epoch, key, part = push
         self._check(epoch)
         step, _ = self._staged.setdefault(key, (self._step, part))
         return step

@@ -125,6 +125,7 @@ def test_a_push_that_is_repeated_counts_once(acc):
     step = acc.global_step
     answers = [acc.apply_grad(gradient(3), step, key="mine") for _ in range(3)]
     assert answers == [(jaxaccum.Verdict.ACCEPTED, step)] * 3
+    assert [repr(answer.verdict) for answer in answers] == ["<Verdict.ACCEPTED: 0>"] * 3
     assert acc.num_accumulated() == 1
     check(acc.take_grad(1, timeout=SECONDS), [3])
     # The answer is the first one's, the step that of now.
