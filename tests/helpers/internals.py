@@ -13,6 +13,7 @@ from jaxaccum._ray.checkpoints import Folder, load_arrays, save_arrays
 from jaxaccum._ray.layout import Layout
 from jaxaccum._ray.part_sum import join_parts, sum_rows
 from jaxaccum._ray.tickets import Tickets
+from jaxaccum._ray.tree_accumulator import OwningAccumulator
 from jaxaccum._rows.prefix_sums import as_words, count_before, rank_in_words, sum_before
 from jaxaccum._rows.row_arithmetic import _add_in_order as add_in_order
 from jaxaccum._rows.row_arithmetic import _add_where_they_lie as add_where_they_lie
@@ -26,6 +27,7 @@ __all__ = [
     "Coordinator",
     "Folder",
     "Layout",
+    "OwningAccumulator",
     "Policy",
     "SparseSum",
     "Tickets",

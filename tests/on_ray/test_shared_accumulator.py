@@ -11,10 +11,10 @@ import pytest
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'jaxaccum[ray]'")
 
 import ray
+from internals import OwningAccumulator
 
 import jaxaccum
 import jaxaccum.ray
-from jaxaccum._ray.tree_accumulator import OwningAccumulator
 
 pytestmark = pytest.mark.slow
 ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Ray's workers cannot import it
