@@ -12,22 +12,23 @@ import sys
 from benchmarks.harness import Figures, LeftOutError, case
 
 HELPERS = pathlib.Path(__file__).parents[2] / "tests" / "helpers"
-PATHS = (
-    "apply",
-    "apply unknown",
-    "take",
-    "merge",
-    "sum_duplicates",
-    "value_and_sparse_grad",
-    "lazy_adam",
-    "accumulated_adam",
-    "accumulated_adam 16384",  # what four gradients can fill
-    "rowwise_adagrad",
-    "accumulated_adagrad",
-    "sparse_add",
-    "sparse_slice",
-    "sparse_add_grad",
-)
+# What differs from the usual size. The first word names the path.
+PATHS: dict[str, dict[str, int]] = {
+    "apply": {},
+    "apply unknown": {"known": False},
+    "take": {},
+    "merge": {},
+    "sum_duplicates": {},
+    "value_and_sparse_grad": {},
+    "lazy_adam": {},
+    "accumulated_adam": {},
+    "accumulated_adam 16384": {"capacity": 16_384},  # what four gradients can fill
+    "rowwise_adagrad": {},
+    "accumulated_adagrad": {},
+    "sparse_add": {},
+    "sparse_slice": {},
+    "sparse_add_grad": {},
+}
 
 
 @case(
@@ -57,14 +58,9 @@ def compiled(target: str, paths: list[str] | None = None) -> Figures:
         raise LeftOutError(f"no package that compiles for {target} is installed")
     figures = {}
     for path in paths or PATHS:
-        name, *other = path.split()
-        size = public_programs.Size(
-            columns=64,
-            ids=4096,
-            capacity=int(*filter(str.isdigit, other)) or 65_536,
-            known="unknown" not in other,
-        )
-        program = public_programs.ONE_DEVICE[name](size)
+        usual = {"columns": 64, "ids": 4096, "capacity": 65_536}
+        size = public_programs.Size(**(usual | PATHS[path]))
+        program = public_programs.ONE_DEVICE[path.split()[0]](size)
         made = targets.compile_for(
             target,
             program.function,

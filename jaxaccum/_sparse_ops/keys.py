@@ -168,7 +168,8 @@ def find_lower_bounds(
 
     A directory over the high bits of the first word narrows each search to one bucket, and the
     fullest bucket decides how many rounds all of them take: about 6 instead of 17 for 65,536 rows
-    spread evenly, never more than plain binary search needs for rows crowded into one bucket.
+    spread evenly, never more than plain binary search needs for rows crowded into one bucket. On a
+    GPU, whose host drives a loop, all rounds are written out instead, as one kernel a search.
 
     Args:
       table: ``[n]``, sorted; repetitions are allowed.
@@ -176,7 +177,7 @@ def find_lower_bounds(
       *queries: ``[m]`` each, in any order.
 
     Returns:
-      int32 ``[m]`` for each. The searches are loops apart: XLA runs them side by side.
+      int32 ``[m]`` for each. The searches are apart: XLA runs them side by side.
     """
     (num_rows,) = table[0].shape
     if num_rows == 0:
@@ -188,7 +189,6 @@ def find_lower_bounds(
         bucket_of = _make_directory(table[0], largest)
         return tuple(_halve_from(table, q, *bucket_of(q[0])) for q in queries)
 
-    # Written out, all rounds are one kernel of a GPU, where the host drives a loop.
     def write_out(table: Words, largest: jax.Array, *queries: Words) -> tuple[jax.Array, ...]:
         return tuple(_halve_all(table, q, unroll=True) for q in queries)
 
