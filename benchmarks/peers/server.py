@@ -16,6 +16,8 @@ def serve(version: str, makers: Mapping[str, Callable[..., dict[str, Step]]]) ->
     # Libraries print: the pipe is for answers alone, all else goes where errors go.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    # Else what they print is written when the process ends, and stands last, for its error.
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[attr-defined]
     steps: dict[str, Step] = {}
     print(json.dumps(version), file=answers, flush=True)
     for line in sys.stdin:

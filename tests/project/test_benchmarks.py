@@ -126,6 +126,7 @@ def test_threads_deal_applies_and_one_takes():
 def echo(monkeypatch):
     helpers = pathlib.Path(__file__).parents[1] / "helpers"
     monkeypatch.setenv("PYTHONPATH", str(helpers))
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
     monkeypatch.setattr(peers, "_processes", {})
     monkeypatch.setattr(peers, "VERSIONS", {})
     monkeypatch.setattr(peers, "LEFT_OUT", {})
