@@ -17,7 +17,7 @@ def serve(version: str, makers: Mapping[str, Callable[..., dict[str, Step]]]) ->
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     # Else what they print is written when the process ends, and stands last, for its error.
-    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[attr-defined]
+    sys.stdout.reconfigure(line_buffering=True)
     steps: dict[str, Step] = {}
     print(json.dumps(version), file=answers, flush=True)
     for line in sys.stdin:
