@@ -22,6 +22,7 @@ from jaxaccum._ray.calls import NAMESPACE, Deadline, import_ray, version, wait_f
 from jaxaccum._ray.coordinator import ParameterServerCoordinator, Plan, View
 from jaxaccum._ray.errors import FailedError, RolledBackError, UnavailableError
 from jaxaccum._ray.layout import Layout, Part
+from jaxaccum._ray.parcels import pack
 from jaxaccum._rows.indexed_slices import is_slices
 from jaxaccum._rows.tables import Tables
 from jaxaccum._rows.tree import Leaf, PyTree
@@ -268,7 +269,7 @@ class ParameterServer:
         def attempt(view: View) -> Leaf:
             # Shards that get nothing are asked too: all are of this epoch, or nothing counts.
             staged = [
-                shard.stage.remote((view.epoch, key, part))
+                shard.stage.remote(*pack((view.epoch, key, part)))
                 for shard, part in zip(view.shards, parts, strict=True)
             ]
             return self._actor.commit.remote((view.epoch, key, local_step, worker), *staged)

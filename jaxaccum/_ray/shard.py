@@ -25,6 +25,7 @@ from jaxaccum._optimizers.lazy_rows import lazy_rows
 from jaxaccum._ray.checkpoints import load_arrays, save_arrays
 from jaxaccum._ray.errors import RolledBackError
 from jaxaccum._ray.layout import Layout, Part, TableInit
+from jaxaccum._ray.parcels import unpack
 from jaxaccum._ray.part_sum import join_parts, sum_rows
 from jaxaccum._rows.row_arithmetic import gather_rows
 from jaxaccum._rows.tree import Leaf, PyTree
@@ -124,8 +125,9 @@ class ParameterServerShard:
         }
         return rows, self._step
 
-    async def stage(self, push: tuple[str, str, Part]) -> int:
+    async def stage(self, *parcel: Leaf) -> int:
         """Keeps a part until its gradient is counted; returns the step it came at."""
+        push: tuple[str, str, Part] = unpack(parcel)
         epoch, key, part = push
         self._check(epoch)
         step, _ = self._staged.setdefault(key, (self._step, part))

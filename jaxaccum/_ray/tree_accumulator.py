@@ -25,13 +25,13 @@ from jaxaccum._coordinator.tree_layout import make_layout
 from jaxaccum._optimizers.state_layout import struct_of
 from jaxaccum._ray.answers import Answers
 from jaxaccum._ray.calls import NAMESPACE, Deadline, check_version, import_ray, version, wait_for
+from jaxaccum._ray.parcels import pack, unpack
 from jaxaccum._ray.takes import ASK_SECONDS, Takes
 from jaxaccum._rows.indexed_slices import is_slices
 from jaxaccum._rows.tables import Tables
 from jaxaccum._rows.tree import Leaf, PyTree
 
-# The key of a push, the gradient, its step and whose it is. Each argument of a call costs Ray a
-# serialization, and each class in it a look-up: so it is one argument, and a plain tuple.
+# The key of a push, the gradient, its step and whose it is, as they travel.
 Push = tuple[str, PyTree, int, str | None]
 
 
@@ -74,9 +74,10 @@ class TreeAccumulatorActor:
         if about != self._about:
             raise ValueError(f"shared_name is that of an accumulator of {self._about}, not {about}")
 
-    async def apply_grad(self, push: Push) -> Applied:
+    async def apply_grad(self, *parcel: Leaf) -> Applied:
         """Adds a gradient once, however often it comes."""
         self._takes.expire()
+        push: Push = unpack(parcel)
         key, grads, local_step, worker = push
         # Nothing is awaited between the look and the answer: a repetition cannot slip in between.
         if (before := self._answers.find(key)) is not None:
@@ -85,9 +86,9 @@ class TreeAccumulatorActor:
         self._answers.keep(key, applied.verdict)
         return applied
 
-    async def apply_grad_plainly(self, push: Push) -> tuple[int, int]:
+    async def apply_grad_plainly(self, *parcel: Leaf) -> tuple[int, int]:
         """Does as `apply_grad`, and answers with numbers, which Ray need not pickle."""
-        verdict, step = await self.apply_grad(push)
+        verdict, step = await self.apply_grad(*parcel)
         return int(verdict), step
 
     async def ask_take(
@@ -202,8 +203,8 @@ class TreeAccumulator:
           InvalidArgumentError, CancelledError: as there.
           UnavailableError: there was no answer in time; it may have been added.
         """
-        push = self._push(grads, local_step, worker, key)
-        verdict, step = self._wait(self._actor.apply_grad_plainly.remote(push))
+        parcel = self._pack(grads, local_step, worker, key)
+        verdict, step = self._wait(self._actor.apply_grad_plainly.remote(*parcel))
         return Applied(Verdict(verdict), step)
 
     def apply_grad_ref(
@@ -215,7 +216,7 @@ class TreeAccumulator:
         key: str | None = None,
     ) -> Leaf:
         """Begins `apply_grad`, and returns a Ray ``ObjectRef`` of its answer."""
-        return self._actor.apply_grad.remote(self._push(grads, local_step, worker, key))
+        return self._actor.apply_grad.remote(*self._pack(grads, local_step, worker, key))
 
     async def apply_grad_async(
         self,
@@ -290,13 +291,14 @@ class TreeAccumulator:
         """Cancels all who wait, and frees the memory; whatever is called afterwards raises."""
         self._call("close")
 
-    def _push(
+    def _pack(
         self, grads: PyTree, local_step: ArrayLike, worker: str | None, key: str | None
-    ) -> Push:
+    ) -> list[Leaf]:
         """What the actor is sent of a gradient."""
         self._greet()
         key = f"{self._client}-{next(self._numbers)}" if key is None else key
-        return key, to_host(grads), as_step(local_step, "local_step"), worker
+        push: Push = (key, to_host(grads), as_step(local_step, "local_step"), worker)
+        return pack(push)
 
     def _asker(self, num_required: int, timeout: float | None, *, trim: bool) -> Callable[[], Leaf]:
         """What asks, again and again, under one ticket."""

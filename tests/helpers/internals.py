@@ -11,6 +11,7 @@ from jaxaccum._coordinator.policy import Policy
 from jaxaccum._ray import takes as ray_takes
 from jaxaccum._ray.checkpoints import Folder, load_arrays, save_arrays
 from jaxaccum._ray.layout import Layout
+from jaxaccum._ray.parcels import pack, unpack
 from jaxaccum._ray.part_sum import join_parts, sum_rows
 from jaxaccum._ray.tickets import Tickets
 from jaxaccum._ray.tree_accumulator import OwningAccumulator
@@ -39,6 +40,7 @@ __all__ = [
     "keys",
     "load_arrays",
     "match",
+    "pack",
     "pooled_rows",
     "rank_in_words",
     "ray_takes",
@@ -48,4 +50,5 @@ __all__ = [
     "select_tables",
     "sum_before",
     "sum_rows",
+    "unpack",
 ]

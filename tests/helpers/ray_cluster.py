@@ -3,6 +3,7 @@
 import logging
 import os
 import pathlib
+import warnings
 
 import pytest
 
@@ -17,14 +18,17 @@ def cluster():
     )
     environment = {"JAX_PLATFORMS": "cpu", "PYTHONPATH": path}
     os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
-    ray.init(
-        "local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        object_store_memory=200 * 2**20,
-        runtime_env={"env_vars": environment},
-    )
+    with warnings.catch_warnings():
+        # Ray forks, and at once becomes another program; JAX, if there is any yet, warns of it.
+        warnings.filterwarnings("ignore", r"os\.fork\(\) was called")
+        ray.init(
+            "local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=200 * 2**20,
+            runtime_env={"env_vars": environment},
+        )
     yield ray
     ray.shutdown()
