@@ -193,7 +193,8 @@ class Training:
             console.print(f"killed worker {k}")
             return
         shards = [shard["pid"] for shard in self.statistics["shards"] if shard]
-        victim = self._rng.choice(shards) if number % 2 else self.statistics["pid"]
+        others = shards[1:] or shards  # the first is the coordinator
+        victim = self._rng.choice(others) if number % 2 else self.statistics["pid"]
         os.kill(int(victim), signal.SIGKILL)
         console.print(f"killed {'a shard' if number % 2 else 'the coordinator'}, process {victim}")
 

@@ -1,16 +1,19 @@
-"""The head of a parameter server: it decides, the shards compute.
+"""The head of a parameter server: it decides, and the shards compute. It has the first of them.
 
-A push of a worker, its parts on every shard first, then one commit::
+A push of a worker, its parts on the other shards first, then one commit with the last part::
 
-    worker ── stage ──> shard 0 ─┐ staged at step s0
-           ── stage ──> shard 1 ─┤ staged at step s1
-           ── commit ────────────┴──> coordinator: verdict, step
+    worker ── stage ──> shard 1 ─┐ staged at step s1
+           ── stage ──> shard 2 ─┤ staged at step s2
+           ── commit ────────────┴──> coordinator and shard 0: verdict, step
                                           │ enough of them
     shards <── update(step, keys) ────────┘ the same keys to every shard
 
 Ray runs the commit when the stages have returned, and not if one has failed. The commit is the one
 moment at which a gradient comes to count, so nobody's death can split it. Shards run what the
 coordinator asks in its order: each update, and each checkpoint, is of one step on all of them.
+
+A call of an actor costs as much as summing a gradient of a megabyte and more: so the first shard
+is in this process, and a server of one shard is handed a gradient in a single call.
 
 When a shard or the coordinator dies, all go back to the last checkpoint under a new epoch: calls
 of an earlier one are refused, and workers repeat them. Steps are numbered on, so that nobody waits
@@ -33,7 +36,8 @@ from jaxaccum._coordinator.policy import Policy
 from jaxaccum._ray.calls import NAMESPACE, cause_of, check_version, first_line, import_ray
 from jaxaccum._ray.checkpoints import Folder
 from jaxaccum._ray.errors import FailedError, RolledBackError
-from jaxaccum._ray.layout import Layout
+from jaxaccum._ray.layout import Layout, Part
+from jaxaccum._ray.parcels import unpack
 from jaxaccum._ray.shard import KEEP_STEPS, Entry, ParameterServerShard
 from jaxaccum._ray.tickets import Tickets
 from jaxaccum._rows.tree import Leaf, PyTree
@@ -53,7 +57,7 @@ class Plan:
       num_required, policy: see `Tickets`.
       folder: of the checkpoints; ``None``: a server that dies is gone.
       checkpoint_every: steps between them.
-      shard_options: what Ray is told of the shards' actors.
+      actor_options: what Ray is told of the actors.
     """
 
     run: str
@@ -66,12 +70,17 @@ class Plan:
     policy: Policy
     folder: str | None
     checkpoint_every: int
-    shard_options: dict[str, object]
+    actor_options: dict[str, object]
 
     @property
     def keep_steps(self) -> int:
         """For how many steps a part waits for its commit."""
         return KEEP_STEPS + self.policy.max_staleness
+
+    @property
+    def shards(self) -> tuple[Layout, PyTree, PyTree, Reduction, int]:
+        """What each shard is told beside its number."""
+        return self.layout, self.skeleton, self.tx, self.reduction, self.keep_steps
 
     def __str__(self) -> str:
         """Says what can be said of it in a line: two servers of one name must say the same."""
@@ -82,10 +91,16 @@ class Plan:
 
 
 class View(NamedTuple):
-    """What a worker must know to talk to the server as it now is."""
+    """What a worker must know to talk to the server as it now is.
+
+    Attributes:
+      epoch: since the last time it went back.
+      others: the actors of the shards but for the first, which the coordinator's has.
+      plan: what it is made from.
+    """
 
     epoch: str
-    shards: list[Leaf]
+    others: list[Leaf]
     plan: Plan
 
 
@@ -97,7 +112,8 @@ class ParameterServerCoordinator:
         self._tickets = Tickets(plan.num_required, plan.policy, plan.keep_steps)
         self._folder = None if plan.folder is None else Folder(plan.folder)
         self._epoch: str | None = None
-        self._shards: list[Leaf] = []
+        self._first = ParameterServerShard(0, *plan.shards)
+        self._others: list[Leaf] = []
         self._is_open, self._opening, self._saving = asyncio.Event(), asyncio.Lock(), asyncio.Lock()
         self._failure = ""
         self._lost: dict[str, None] = {}
@@ -124,13 +140,9 @@ class ParameterServerCoordinator:
                 return
             self._make_shards()
             epoch = uuid.uuid4().hex
-            # In a list they would stay references; Ray resolves them as arguments.
-            await asyncio.gather(
-                *(
-                    s.load.remote(epoch, 0, part)
-                    for s, part in zip(self._shards, parts, strict=True)
-                )
-            )
+            # In a list they stay references; as arguments of others Ray resolves them.
+            first, *others = parts
+            await self._ask_each("load", [(epoch, 0, part) for part in (await first, *others)])
             self._epoch = epoch
             if self._folder is not None:
                 await self._save()
@@ -146,29 +158,40 @@ class ParameterServerCoordinator:
                 await self._roll_back(suspect, troubles[0])
                 await self._open()
         assert self._epoch is not None
-        return View(self._epoch, self._shards, self._plan)
+        return View(self._epoch, self._others, self._plan)
 
-    async def commit(
-        self, push: tuple[str, str, int, str | None], *staged_at: int
-    ) -> tuple[int, int]:
+    async def commit(self, *arguments: Leaf) -> tuple[int, int]:
         """Decides on a gradient of which all parts are there; begins a step if it was the last.
 
-        Each argument costs Ray a serialization, and each class in it a look-up: so the epoch, the
-        key, the gradient's step and its worker are one, and the verdict is a number.
+        Args:
+          arguments: the steps at which the other shards staged it; then, as `pack` has made them,
+            its epoch, its key, its step, its worker and the first shard's part.
+
+        Returns:
+          The verdict and the step, as numbers, which Ray need not pickle.
         """
-        epoch, key, local_step, worker = push
+        num_others = self._plan.layout.num_shards - 1
+        staged_at, parcel = arguments[:num_others], arguments[num_others:]
+        epoch, key, local_step, worker, part = unpack(parcel)
         await self._open()
         if epoch != self._epoch:
             raise RolledBackError(f"the server is at {self._epoch}, not {epoch}")
         if (before := self._tickets.answers.find(key)) is not None:
             return int(before), self._tickets.step
-        verdict = self._tickets.commit(key, local_step, worker, min(staged_at))
+        now = self._tickets.step
+        verdict = self._tickets.commit(key, local_step, worker, min(staged_at, default=now))
         if verdict == Verdict.ACCEPTED:
+            self._first.keep(key, part, now)
             self._lost.pop(key, None)  # lost with the last server, and here again
             self._note("accepted", key)
             while taken := self._tickets.take():
                 self._begin_step([Entry(t.key, t.weight) for t in taken])
         return int(verdict), self._tickets.step
+
+    async def pull(self, epoch: str, ids: Part, at_least: int) -> tuple[Part, int]:
+        """Does what the first shard does."""
+        await self._open()
+        return await self._first.pull(epoch, ids, at_least)
 
     async def statistics(self) -> dict[str, object]:
         """Returns what became of the gradients, and how the server is."""
@@ -212,8 +235,21 @@ class ParameterServerCoordinator:
 
     async def _ping(self) -> list[Leaf]:
         """What every shard answers, or what was raised."""
-        pings = [shard.ping.remote(self._epoch) for shard in self._shards]
-        return await asyncio.gather(*pings, return_exceptions=True)
+        return await self._ask_all("ping", self._epoch, return_exceptions=True)
+
+    def _ask_all(self, method: str, *arguments: Leaf, return_exceptions: bool = False) -> Leaf:
+        """Calls a method of all shards; to be awaited."""
+        each = [arguments] * self._plan.layout.num_shards
+        return self._ask_each(method, each, return_exceptions=return_exceptions)
+
+    def _ask_each(
+        self, method: str, each: Sequence[tuple[Leaf, ...]], *, return_exceptions: bool = False
+    ) -> Leaf:
+        """Calls a method of all shards, each with arguments of its own; to be awaited."""
+        calls = [getattr(self._first, method)(*each[0])]
+        for shard, arguments in zip(self._others, each[1:], strict=True):
+            calls.append(getattr(shard, method).remote(*arguments))
+        return asyncio.gather(*calls, return_exceptions=return_exceptions)
 
     def _next_number(self) -> int:
         """The place of a command among all that shards are given: they run them in this order."""
@@ -224,14 +260,14 @@ class ParameterServerCoordinator:
         plan, actor = self._plan, import_ray().remote(ParameterServerShard)
         # Names are of this coordinator's life: those of the last one may take a while to die.
         life = uuid.uuid4().hex[:4]
-        self._shards = [
+        self._others = [
             actor.options(
                 name=f"{plan.name} shard {k + 1} of {plan.layout.num_shards} ({life})",
                 namespace=NAMESPACE,
                 max_restarts=-1 if plan.folder else 0,
-                **plan.shard_options,
-            ).remote(plan.layout, k, plan.skeleton, plan.tx, plan.reduction, plan.keep_steps)
-            for k in range(plan.layout.num_shards)
+                **plan.actor_options,
+            ).remote(k, *plan.shards)
+            for k in range(1, plan.layout.num_shards)
         ]
 
     def _begin_step(self, entries: list[Entry]) -> None:
@@ -240,20 +276,17 @@ class ParameterServerCoordinator:
         keys = [ticket.key for ticket in tickets.waiting]
         refused, tickets.refused = tickets.refused, []
         number = self._next_number()
-        calls = [
-            shard.update.remote(epoch, number, tickets.step, entries, keys, refused)
-            for shard in self._shards
-        ]
+        done = self._ask_all("update", epoch, number, tickets.step, entries, keys, refused)
         self._note("step", tickets.step)
-        self._spawn(self._finish_step(epoch, tickets.step, len(entries), calls, start))
+        self._spawn(self._finish_step(epoch, tickets.step, len(entries), done, start))
         if self._folder is not None and tickets.num_steps % self._plan.checkpoint_every == 0:
             self._spawn(self._save_unless_saving())
 
     async def _finish_step(
-        self, epoch: str | None, step: int, num_gradients: int, calls: list[Leaf], start: float
+        self, epoch: str | None, step: int, num_gradients: int, done: Leaf, start: float
     ) -> None:
         try:
-            await asyncio.gather(*calls)
+            await done
         except RolledBackError:
             return
         except import_ray().exceptions.RayActorError as error:
@@ -296,11 +329,13 @@ class ParameterServerCoordinator:
             }
             keys, command = [t.key for t in self._tickets.waiting], self._next_number()
             number = folder.begin()
-            calls = [
-                shard.save.remote(self._epoch, command, str(folder.shard_path(number, k)), keys)
-                for k, shard in enumerate(self._shards)
-            ]
-            await asyncio.gather(*calls)
+            await self._ask_each(
+                "save",
+                [
+                    (self._epoch, command, str(folder.shard_path(number, k)), keys)
+                    for k in range(self._plan.layout.num_shards)
+                ],
+            )
             await asyncio.to_thread(folder.finish, number, about)
             return step
 
@@ -328,7 +363,7 @@ class ParameterServerCoordinator:
             saved: int = latest["step"]
             accepted, last = self._folder.read_journal(latest["number"])
             last = max(last, saved)
-            if not self._shards:
+            if not self._others:
                 self._make_shards()
             while not await self._load(latest, accepted, last + 1):
                 await asyncio.sleep(_RETRY_SECONDS)  # Ray is at work on it; workers' time-outs run
@@ -350,11 +385,12 @@ class ParameterServerCoordinator:
         assert self._folder is not None
         epoch, folder, number = uuid.uuid4().hex, self._folder, latest["number"]
         try:
-            await asyncio.gather(
-                *(
-                    shard.load.remote(epoch, step, str(folder.shard_path(number, k)))
-                    for k, shard in enumerate(self._shards)
-                )
+            await self._ask_each(
+                "load",
+                [
+                    (epoch, step, str(folder.shard_path(number, k)))
+                    for k in range(self._plan.layout.num_shards)
+                ],
             )
             self._tickets.load(latest, step)
             self._lost = dict.fromkeys([*latest["lost"], *accepted])

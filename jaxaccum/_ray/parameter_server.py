@@ -53,7 +53,7 @@ class ParameterServer:
     leaf lies whole on one. Workers `pull` the rows they need and `push` gradients of them. When
     ``num_required`` gradients have been accepted, every shard adds the same ones, runs the
     optimizer on the rows they touch, and the next step begins: one step and one verdict over all
-    shards. There is no chief; the server takes steps by itself.
+    shards, which the first of them decides. There is no chief; the server takes steps by itself.
 
     The handle travels: pass it to tasks and actors, or make another by `attach`. Whatever it does
     ends within its time-out. A worker that dies, dies with the one gradient it had not pushed:
@@ -79,7 +79,7 @@ class ParameterServer:
       checkpoint_every: how many steps lie between checkpoints.
       resume: go on from the checkpoint that the folder holds.
       timeout: seconds that a call may take where it does not say otherwise.
-      actor_options: what Ray is told of the shards: ``num_cpus``, ``resources``, ...
+      actor_options: what Ray is told of the actors: ``num_cpus``, ``resources``, ...
 
     Raises:
       ImportError: Ray is not installed.
@@ -135,7 +135,7 @@ class ParameterServer:
             policy=Policy(max_staleness, staleness_weight, exactly, carry_over),
             folder=None if checkpoint_dir is None else str(checkpoint_dir),
             checkpoint_every=_positive(checkpoint_every, "checkpoint_every"),
-            shard_options=dict(actor_options or {}),
+            actor_options=dict(actor_options or {}),
         )
         self._start(plan, leaves, timeout, resume=resume, is_shared=shared_name is not None)
 
@@ -149,7 +149,7 @@ class ParameterServer:
             namespace=NAMESPACE,
             get_if_exists=is_shared,
             max_restarts=-1 if plan.folder else 0,
-            num_cpus=0,
+            **plan.actor_options,
         )
         self._attach(actor.remote(plan), plan.name, timeout)
         parts = [ray.put(layout.split_params(leaves, k)) for k in range(layout.num_shards)]
@@ -215,7 +215,8 @@ class ParameterServer:
         routes, asked = _route(layout, ids)
 
         def attempt(view: View) -> list[Leaf]:
-            return [view.shards[k].pull.remote(view.epoch, part, as_step(at_least, "at_least"))
+            shards = [self._actor, *view.others]
+            return [shards[k].pull.remote(view.epoch, part, as_step(at_least, "at_least"))
                     for k, part in asked.items()]  # fmt: skip
 
         answers = dict(zip(asked, self._call(attempt, deadline), strict=True))
@@ -270,9 +271,10 @@ class ParameterServer:
             # Shards that get nothing are asked too: all are of this epoch, or nothing counts.
             staged = [
                 shard.stage.remote(*pack((view.epoch, key, part)))
-                for shard, part in zip(view.shards, parts, strict=True)
+                for shard, part in zip(view.others, parts[1:], strict=True)
             ]
-            return self._actor.commit.remote((view.epoch, key, local_step, worker), *staged)
+            push = (view.epoch, key, local_step, worker, parts[0])
+            return self._actor.commit.remote(*staged, *pack(push))
 
         verdict, step = self._call(attempt, deadline)
         return Applied(Verdict(verdict), step)
@@ -305,7 +307,7 @@ class ParameterServer:
         but for what was ``lost``, accepted after the last checkpoint of a server that died;
         ``restarts``. ``num_steps`` taken and not lost, and ``global_step``, which goes on where
         steps are lost; ``num_accumulated`` for the next one. Processes: ``pid`` of the coordinator,
-        and of ``shards`` ``pid`` and the number of parts ``staged``.
+        which has the first shard, and of ``shards`` ``pid`` and the number of parts ``staged``.
         """
         return self._call(lambda _: self._actor.statistics.remote(), self._deadline(timeout))
 

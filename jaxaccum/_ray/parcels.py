@@ -1,7 +1,7 @@
 """What travels as arguments of an actor's call: in the call itself, unless it is large.
 
 Ray moves an argument of more than 100 KB through its object store, where making, announcing,
-fetching and freeing an object takes more than a millisecond, however small it is; fewer bytes than
+fetching and freeing an object takes about a millisecond, however small it is; fewer bytes than
 that travel in the call. So a gradient of a megabyte is cut into such arguments. A larger one is
 left to the store, which moves each further megabyte in a third of the time.
 """

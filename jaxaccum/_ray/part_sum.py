@@ -28,8 +28,8 @@ class JoinedRows(NamedTuple):
 
     Attributes:
       rows: int32 ``[n]``, those touched, ascending, then the padding index.
-      values: ``[n, *row]``, the slices.
-      segment: int32 ``[n]``, where the row of each slice stands in ``rows``.
+      values: ``[n, *row]``, the slices, then anything.
+      segment: int32 ``[n]``, where the row of each slice stands in ``rows``, then ``n``.
       weights: float32 ``[n]``, that of the gradient a slice is of; ``None``: all are 1.
       divisors: float32 ``[n]``, of the sum of each row; ``None``: none is divided.
     """
@@ -46,18 +46,23 @@ def join_rows(
     weights: Sequence[float],
     num_rows: int,
     leaf: LeafLayout,
+    room: np.ndarray | None = None,
 ) -> JoinedRows:
-    """Puts the slices of several gradients one after the other, to be summed."""
+    """Puts the slices of several gradients one after the other, to be summed.
+
+    The values lie in ``room``, if there is enough of it.
+    """
     sizes = [ids.size for ids, _ in slices]
     num, size = sum(sizes), round_up(sum(sizes))
     ids = np.concatenate([np.empty(0, np.int32), *(ids for ids, _ in slices)])
     unique, inverse = np.unique(ids, return_inverse=True)
     rows, segment = (np.full(size, fill, np.int32) for fill in (num_rows, size))
     rows[: unique.size], segment[:num] = unique, inverse
-    values = allocate((size, *leaf.shape[1:]), leaf.dtype)
+    if room is None or len(room) < size:
+        room = allocate((size, *leaf.shape[1:]), leaf.dtype)
+    values = room[:size]
     if num:
         np.concatenate([of for _, of in slices], out=values[:num])
-    values[num:] = 0
     of_slice = None
     if any(weight != 1 for weight in weights):
         of_slice = np.ones(size, np.float32)
@@ -87,9 +92,13 @@ def sum_dense(arrays: Sequence[np.ndarray], weights: Sequence[float], divisor: f
 
 def join_parts(
     parts: Sequence[Part], weights: Sequence[float], leaves: Sequence[LeafLayout],
-    owned: Sequence[int], shard: int, reduction: Reduction,
+    owned: Sequence[int], shard: int, reduction: Reduction, room: dict[int, np.ndarray],
 ) -> dict[int, Leaf]:  # fmt: skip
-    """Joins the parts of a step, leaf by leaf; dense leaves come out as they will be used."""
+    """Joins the parts of a step, leaf by leaf; dense leaves come out as they will be used.
+
+    ``room`` is what was joined before, by leaf, and no longer needed: the system takes longer to
+    hand out fresh memory than it takes to write to it.
+    """
     joined: dict[int, Leaf] = {}
     total = sum(weights)
     for i in owned:
@@ -99,7 +108,8 @@ def join_parts(
             joined[i] = sum_dense(given, theirs, 1 if reduction == "sum" else total)
             continue
         start, stop = leaves[i].start_stop(shard)
-        rows = join_rows(given, theirs, stop - start, leaves[i])
+        rows = join_rows(given, theirs, stop - start, leaves[i], room.get(i))
+        room[i] = max(rows.values, room.get(i, rows.values), key=len)
         if reduction == "mean_per_row":
             rows = rows._replace(divisors=count_touches(given, theirs, rows))
         elif reduction == "mean_per_gradient":

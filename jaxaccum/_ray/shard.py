@@ -51,8 +51,8 @@ class ParameterServerShard:
     """The actor. One event loop runs all of it, so that nobody sees a step half done.
 
     Args:
-      layout: what lives where.
       number: which shard this is.
+      layout: what lives where.
       skeleton: the tree of parameters, positions for leaves.
       tx: the optax transform.
       reduction: what is made of the sums.
@@ -61,8 +61,8 @@ class ParameterServerShard:
 
     def __init__(
         self,
-        layout: Layout,
         number: int,
+        layout: Layout,
         skeleton: PyTree,
         tx: PyTree,
         reduction: Reduction,
@@ -75,6 +75,7 @@ class ParameterServerShard:
         self._epoch: str | None = None  # no call fits until something is loaded
         self._step = self._num_done = 0
         self._staged: dict[str, tuple[int, Part]] = {}
+        self._room: dict[int, np.ndarray] = {}
         self._changed = asyncio.Event()
         self._optimize = jax.jit(self._run_optimizer, donate_argnums=(0, 1))
 
@@ -130,8 +131,11 @@ class ParameterServerShard:
         push: tuple[str, str, Part] = unpack(parcel)
         epoch, key, part = push
         self._check(epoch)
-        step, _ = self._staged.setdefault(key, (self._step, part))
-        return step
+        return self.keep(key, part, self._step)
+
+    def keep(self, key: str, part: Part, step: int) -> int:
+        """Keeps a part that came at ``step``; returns that, or that at which it first came."""
+        return self._staged.setdefault(key, (step, part))[0]
 
     async def update(
         self,
@@ -150,11 +154,11 @@ class ParameterServerShard:
         parts = [self._staged.pop(entry.key)[1] for entry in entries]
         weights, owned = [entry.weight for entry in entries], self._layout.owned(self._number)
         joined = join_parts(
-            parts, weights, self._layout.leaves, owned, self._number, self._reduction
+            parts, weights, self._layout.leaves, owned, self._number, self._reduction, self._room
         )
         self._params, self._state = self._optimize(self._params, self._state, joined)
         for leaf in jax.tree.leaves(self._params):
-            leaf.block_until_ready()
+            leaf.block_until_ready()  # what was joined is not read any more, either
         first, kept = step - self._keep_steps, set(waiting)
         self._staged = {
             key: staged

@@ -63,8 +63,14 @@ class Takes:
         self._takes.pop(ticket, None)
         return (entry.task.result(),)
 
+    async def keep_expiring(self) -> None:
+        """Looks after takers that go away, for ever."""
+        while True:
+            await asyncio.sleep(ASK_SECONDS)
+            self.expire()
+
     def expire(self) -> None:
-        """Cancels the takers that have gone away; each call of anybody sees to it."""
+        """Cancels the takers that have gone away."""
         for ticket, entry in list(self._takes.items()):
             if self._clock() - entry.last_asked < LEASE_SECONDS:
                 continue

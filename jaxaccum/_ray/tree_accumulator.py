@@ -6,8 +6,9 @@ import asyncio
 import dataclasses
 import functools
 import itertools
+import threading
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Coroutine, Mapping
 from typing import NamedTuple
 
 import jax
@@ -31,6 +32,10 @@ from jaxaccum._rows.indexed_slices import is_slices
 from jaxaccum._rows.tables import Tables
 from jaxaccum._rows.tree import Leaf, PyTree
 
+# How many of those who wait do so in threads of their own. One that asks again and again is in its
+# thread for some seconds at a time, so there may be more of these.
+_WAITING = {"takes": 64, "references": 64}
+
 # The key of a push, the gradient, its step and whose it is, as they travel.
 Push = tuple[str, PyTree, int, str | None]
 
@@ -52,7 +57,13 @@ class OwningAccumulator(local.TreeAccumulator):
 
 
 class TreeAccumulatorActor:
-    """The actor. One event loop runs all of it; those who wait do so beside it."""
+    """The actor. Gradients are added by one thread, in turn; those who wait do so in others.
+
+    An actor of coroutines would need no other threads, but each of its calls changes thread twice,
+    from the one that Ray calls to that of the event loop and back: as long as it takes to add a
+    gradient. Those who wait can spare that time; their coroutines run in an event loop of its own.
+    One coroutine among the methods, and Ray would run all of them in its own.
+    """
 
     def __init__(self, design: Design, about: str) -> None:
         like, tables, reduction, capacity, policy = design
@@ -67,46 +78,50 @@ class TreeAccumulatorActor:
             carry_over=policy.carry_over,
         )
         self._answers, self._takes, self._about = Answers(), Takes(), about
+        self._loop = asyncio.new_event_loop()
+        threading.Thread(target=self._loop.run_forever, name="takes", daemon=True).start()
+        asyncio.run_coroutine_threadsafe(self._takes.keep_expiring(), self._loop)
 
-    async def hello(self, of_version: str, about: str) -> None:
+    def hello(self, of_version: str, about: str) -> None:
         """Looks at whoever comes first: same version, same accumulator."""
         check_version(of_version)
         if about != self._about:
             raise ValueError(f"shared_name is that of an accumulator of {self._about}, not {about}")
 
-    async def apply_grad(self, *parcel: Leaf) -> Applied:
+    def apply_grad(self, *parcel: Leaf) -> Applied:
         """Adds a gradient once, however often it comes."""
-        self._takes.expire()
         push: Push = unpack(parcel)
         key, grads, local_step, worker = push
-        # Nothing is awaited between the look and the answer: a repetition cannot slip in between.
+        # One thread runs this: a repetition cannot slip in between the look and the answer.
         if (before := self._answers.find(key)) is not None:
             return Applied(before, self._acc.global_step)
         applied = self._acc.apply_grad(grads, local_step, worker=worker)
         self._answers.keep(key, applied.verdict)
         return applied
 
-    async def apply_grad_plainly(self, *parcel: Leaf) -> tuple[int, int]:
+    def apply_grad_plainly(self, *parcel: Leaf) -> tuple[int, int]:
         """Does as `apply_grad`, and answers with numbers, which Ray need not pickle."""
-        verdict, step = await self.apply_grad(*parcel)
+        verdict, step = self.apply_grad(*parcel)
         return int(verdict), step
 
-    async def ask_take(
-        self, ticket: str, num_required: int, timeout: float | None, trim: bool, seconds: float
-    ) -> tuple[PyTree] | None:
-        """Waits some of the time a taker may; see `Takes`."""
-        take = functools.partial(self.take_grad, num_required, timeout, trim)
-        return await self._takes.ask(ticket, take, seconds)
-
-    async def take_grad(self, num_required: int, timeout: float | None, trim: bool) -> PyTree:
-        """Takes for whoever holds the reference to what this returns."""
-        taken = await self._acc.take_grad_async(num_required, timeout=timeout, trim=trim)
-        return await asyncio.to_thread(_ready_to_travel, taken)
-
-    async def call(self, method: str, *args: Leaf) -> Leaf:
+    def call(self, method: str, *args: Leaf) -> Leaf:
         """Calls a method that neither waits nor takes."""
         result = getattr(self._acc, method)
         return result(*args) if callable(result) else result
+
+    def ask_take(
+        self, ticket: str, num_required: int, timeout: float | None, trim: bool, seconds: float
+    ) -> tuple[PyTree] | None:
+        """Waits some of the time a taker may; see `Takes`."""
+        take = functools.partial(_take, self._acc, num_required, timeout, trim)
+        return self._in_loop(self._takes.ask(ticket, take, seconds))
+
+    def take_grad(self, num_required: int, timeout: float | None, trim: bool) -> PyTree:
+        """Takes for whoever holds the reference to what this returns."""
+        return self._in_loop(_take(self._acc, num_required, timeout, trim))
+
+    def _in_loop(self, work: Coroutine[None, None, Leaf]) -> Leaf:
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
 class TreeAccumulator:
@@ -163,7 +178,7 @@ class TreeAccumulator:
         design = Design(_skeleton(like), tables, reduction, capacity, policy)
         about = _describe(layout.spec)
         name = shared_name or f"accumulator {uuid.uuid4().hex[:8]}"
-        actor = import_ray().remote(TreeAccumulatorActor)
+        actor = import_ray().remote(concurrency_groups=_WAITING)(TreeAccumulatorActor)
         options = {"num_cpus": 0, **(actor_options or {})}
         actor = actor.options(
             name=name, namespace=NAMESPACE, get_if_exists=shared_name is not None, **options
@@ -257,10 +272,12 @@ class TreeAccumulator:
         """Begins `take_grad`, and returns a Ray ``ObjectRef`` of the tree, to be passed to tasks.
 
         It stays in the queue, whoever holds the reference, until it is served or ``timeout`` is
-        over.
+        over. Of more than 64 such, the others join the queue, and their time begins, as those
+        before them leave it.
         """
         self._greet()
-        return self._actor.take_grad.remote(as_required(num_required), as_timeout(timeout), trim)
+        take = self._actor.take_grad.options(concurrency_group="references").remote
+        return take(as_required(num_required), as_timeout(timeout), trim)
 
     @property
     def global_step(self) -> int:
@@ -304,7 +321,7 @@ class TreeAccumulator:
         """What asks, again and again, under one ticket."""
         self._greet()
         ticket, required, seconds = uuid.uuid4().hex, as_required(num_required), as_timeout(timeout)
-        ask = self._actor.ask_take.remote
+        ask = self._actor.ask_take.options(concurrency_group="takes").remote
         return functools.partial(ask, ticket, required, seconds, trim, ASK_SECONDS)
 
     def _call(self, method: str, *args: Leaf) -> Leaf:
@@ -323,6 +340,13 @@ class TreeAccumulator:
 def to_host(tree: PyTree) -> PyTree:
     """Returns a tree of NumPy arrays: what Ray moves without copies of its own."""
     return jax.tree.map(np.asarray, tree)
+
+
+async def _take(
+    acc: OwningAccumulator, num_required: int, timeout: float | None, trim: bool
+) -> PyTree:
+    taken = await acc.take_grad_async(num_required, timeout=timeout, trim=trim)
+    return await asyncio.to_thread(_ready_to_travel, taken)
 
 
 def _ready_to_travel(taken: PyTree) -> PyTree:

@@ -10,11 +10,12 @@ from jaxaccum._coordinator.coordinator import Coordinator
 from jaxaccum._coordinator.policy import Policy
 from jaxaccum._ray import takes as ray_takes
 from jaxaccum._ray.checkpoints import Folder, load_arrays, save_arrays
+from jaxaccum._ray.errors import RolledBackError
 from jaxaccum._ray.layout import Layout
 from jaxaccum._ray.parcels import pack, unpack
 from jaxaccum._ray.part_sum import join_parts, sum_rows
 from jaxaccum._ray.tickets import Tickets
-from jaxaccum._ray.tree_accumulator import OwningAccumulator
+from jaxaccum._ray.tree_accumulator import OwningAccumulator, TreeAccumulatorActor
 from jaxaccum._rows.prefix_sums import as_words, count_before, rank_in_words, sum_before
 from jaxaccum._rows.row_arithmetic import _add_in_order as add_in_order
 from jaxaccum._rows.row_arithmetic import _add_where_they_lie as add_where_they_lie
@@ -30,8 +31,10 @@ __all__ = [
     "Layout",
     "OwningAccumulator",
     "Policy",
+    "RolledBackError",
     "SparseSum",
     "Tickets",
+    "TreeAccumulatorActor",
     "add_in_order",
     "add_where_they_lie",
     "as_words",

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("ray", reason="Ray is not installed: pip install 'jaxaccum[ray]'")
 
 import ray
+from internals import RolledBackError, pack
 
 import jaxaccum
 import jaxaccum.ray
@@ -127,6 +128,22 @@ def test_a_push_that_is_repeated_counts_once(server):
     assert again == (jaxaccum.Verdict.ACCEPTED, step + 1)
 
 
+def test_a_commit_counts_only_of_parts_that_are_there(server):
+    """Parts of before the server went back are gone, and so are those staged long ago."""
+
+    def commit(epoch, *staged_at):
+        push = (epoch, f"{epoch} {staged_at}", step, None, {})
+        return ray.get(server._actor.commit.remote(*staged_at, *pack(push)), timeout=SECONDS)
+
+    before, step = server.statistics(), server.pull(ALL).global_step
+    with pytest.raises(RolledBackError, match="not one of before"):
+        commit("one of before", step, step)
+    assert server.statistics() == before
+    for staged_at in ((step - 100, step), (step, step - 100)):
+        assert commit(server._view.epoch, *staged_at) == (jaxaccum.Verdict.STALE, step)
+    assert server.statistics()["accepted"] == before["accepted"]
+
+
 def test_asyncio(server):
     async def work():
         step = server.pull(ALL).global_step
@@ -231,11 +248,13 @@ def test_a_table_is_made_in_its_shards_saved_and_gone_on_from(cluster, tmp_path)
 
 def test_without_checkpoints_a_server_that_dies_is_gone_and_says_so(cluster):
     server = jaxaccum.ray.ParameterServer(
-        first_params(), optax.sgd(1.0), tables=TABLES, timeout=SECONDS
+        first_params(), optax.sgd(1.0), tables=TABLES, num_shards=2, timeout=SECONDS
     )
     with pytest.raises(ValueError, match="checkpoint needs a server with a checkpoint_dir"):
         server.checkpoint()
-    (shard,) = server.statistics()["shards"]
+    statistics = server.statistics()
+    first, shard = statistics["shards"]
+    assert first["pid"] == statistics["pid"] != shard["pid"]
     os.kill(shard["pid"], signal.SIGSTOP)
     with pytest.raises(jaxaccum.ray.UnavailableError, match=r"has not answered within 0\.3 s"):
         server.pull(ALL, timeout=0.3)

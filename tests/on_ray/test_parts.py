@@ -75,8 +75,8 @@ def expected_mean(grads, weights, reduction):
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean_per_gradient", "mean_per_row"])
-@pytest.mark.parametrize("num_shards", [1, 3])
-def test_parts_of_all_shards_are_the_whole(num_shards, reduction):
+@pytest.mark.parametrize(("num_shards", "held"), [(1, 0), (3, 0), (1, 128), (3, 32)])
+def test_parts_of_all_shards_are_the_whole(num_shards, held, reduction):
     rng = np.random.default_rng(num_shards)
     layout = Layout.of(PARAMS, TABLES, num_shards)
     grads, weights = [random_gradient(rng, num) for num in (9, 0, 40)], [1.0, 0.5, 2.0]
@@ -84,7 +84,14 @@ def test_parts_of_all_shards_are_the_whole(num_shards, reduction):
     expected, seen = expected_mean(grads, weights, reduction), set()
     for shard in range(num_shards):
         of_shard = [each[shard] for each in parts]
-        joined = join_parts(of_shard, weights, layout.leaves, layout.owned(shard), shard, reduction)
+        room = {
+            i: np.full((held, *leaf.shape[1:]), np.nan, leaf.dtype)  # of a step before
+            for i, leaf in enumerate(layout.leaves)
+            if leaf.is_table and held
+        }
+        joined = join_parts(
+            of_shard, weights, layout.leaves, layout.owned(shard), shard, reduction, room
+        )
         for i, sums in joined.items():
             leaf = layout.leaves[i]
             start, stop = leaf.start_stop(shard)
@@ -245,3 +252,22 @@ def test_a_taker_that_asks_no_more_leaves_its_place_and_what_it_was_served():
         return await takes.ask("lives", take, 60.0)
 
     assert asyncio.run(work())[0] == 7.0
+
+
+def test_a_taker_that_dies_is_noticed_though_nobody_asks(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(ray_takes, "ASK_SECONDS", 0.01)
+
+    async def work():
+        acc = jaxaccum.TreeAccumulator(np.zeros(1, np.float32))
+        takes = ray_takes.Takes(lambda: now[0])
+        watching = asyncio.create_task(takes.keep_expiring())
+        take = functools.partial(acc.take_grad_async, 1, timeout=60)
+        assert await takes.ask("dies waiting", take, 0.0) is None
+        now[0] = 11.0
+        await asyncio.sleep(0.2)
+        acc.apply_grad(np.ones(1, np.float32))
+        watching.cancel()
+        return acc.num_accumulated()
+
+    assert asyncio.run(work()) == 1
