@@ -27,19 +27,22 @@ class Worker:
         shape = (rows, workloads.WIDTH)
         self._grads = [jaxaccum.IndexedSlices(*each, shape) for each in given]
 
-    def sink(self, sink: Any, number: int) -> None:
+    def sink(self, sink: Any, number: int) -> int:
         """Pushes to an actor that does nothing."""
         import ray
 
         for k in range(number):
-            ray.get(sink.push.remote(self._grads[k % POOL]))
+            step = ray.get(sink.push.remote(self._grads[k % POOL]))
+        return int(step)
 
-    def accumulator(self, acc: Any, number: int) -> None:
-        """Pushes to an accumulator."""
+    def accumulator(self, acc: Any, number: int) -> int:
+        """Pushes to an accumulator; returns the step it is at."""
         for k in range(number):
-            acc.apply_grad(self._grads[k % POOL], FUTURE)
+            _, step = acc.apply_grad(self._grads[k % POOL], FUTURE)
+        return int(step)
 
-    def server(self, server: Any, number: int) -> None:
-        """Pushes to a parameter server."""
+    def server(self, server: Any, number: int) -> int:
+        """Pushes to a parameter server; returns the step it is at."""
         for k in range(number):
-            server.push(self._grads[k % POOL], FUTURE)
+            _, step = server.push(self._grads[k % POOL], FUTURE)
+        return int(step)

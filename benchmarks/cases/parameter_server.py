@@ -2,7 +2,8 @@
 
 "Ray alone" moves the same arrays to an actor that does nothing with them: the floor. TensorFlow's
 accumulator lies in a `tf.train.Server` process and is fed by others. A worker waits for each answer
-before its next push; steps and takes happen on the way.
+before its next push. The server takes its steps on the way, and the last of them is waited for;
+what an accumulator has summed is taken between the runs.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -27,18 +28,23 @@ A_STEP, SECONDS = 8, 120
 
 @case(
     "{ids:,}, {workers}",
-    settings=[{"ids": ids, "workers": n} for ids in (4096, 65_536) for n in (1, 2, 4)],
+    settings=[{"ids": ids, "workers": n} for ids in (1024, 4096, 65_536) for n in (1, 2, 4)],
     quick=[{"ids": 32, "workers": 1, "rows": 1000}],
     needs=("ray", "jaxaccum.ray"),
     environ={"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"},
 )
 def parameter_server(ids: int, workers: int, rows: int = 1_000_000) -> Figures:
-    """A gradient of 4,096 or 65,536 rows of 64 floats pushed by processes, by their number."""
+    """A gradient of 1,024 to 65,536 rows of 64 floats pushed by processes, by their number."""
     pushes = 4 if HASTE.quick else max(8, 200_000 // ids)
     setting = {"ids": ids, "workers": workers, "rows": rows, "pushes": pushes}
     with on_ray(**setting) as ours:
         steps = ours | dict(peer_steps("tensorflow", "parameter_server", **setting))
-        return measure(steps, turns=(5, 5), in_a_row=1, per=workers * pushes)
+        figures = measure(steps, turns=(9, 9), in_a_row=1, per=workers * pushes)
+    megabytes = ids * (workloads.WIDTH + 1) * 4 / 1e6
+    for metrics in figures.values():
+        a_second = 1e3 / metrics["ms"]
+        metrics |= {"pushes a second": a_second, "MB a second": a_second * megabytes}
+    return figures
 
 
 @functools.cache
@@ -77,18 +83,22 @@ def on_ray(ids: int, workers: int, rows: int, pushes: int) -> Iterator[dict[str,
     worker = ray.remote(ray_workers.Worker).options(num_cpus=0)
     started = [worker.remote(ids, rows, seed) for seed in range(workers)]
 
-    def step(method: str, target: Any) -> Step:
+    def step(method: str, target: Any, prepare: Callable[[], None] | None = None) -> Step:
         def call() -> None:
             calls = [getattr(each, method).remote(target, pushes) for each in started]
-            ray.get(calls, timeout=SECONDS)
-            if method == "accumulator":  # its share of the time is that of a step
-                acc.take_grad(1, timeout=SECONDS)
+            steps = ray.get(calls, timeout=SECONDS)
+            if method == "server":
+                target.pull([0], at_least=max(steps))
 
-        return Step(call)
+        return Step(call, prepare=prepare)
+
+    def take() -> None:
+        if acc.num_accumulated():
+            acc.take_grad(1, timeout=SECONDS)
 
     try:
         yield {
-            "accumulator": step("accumulator", acc),
+            "accumulator": step("accumulator", acc, take),
             "server": step("server", servers[1]),
             "server, 2 shards": step("server", servers[2]),
             "Ray alone": step("sink", sink),

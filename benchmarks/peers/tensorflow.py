@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import os
@@ -162,14 +163,16 @@ def parameter_server(
         pipe = subprocess.PIPE
         _cluster.append(subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True))
 
-    def run() -> None:
-        for process in _cluster[1:]:
-            print(pushes, file=process.stdin, flush=True)
-        for process in _cluster[1:]:
+    def ask(processes: list[Any], number: int) -> None:
+        for process in processes:
+            print(number, file=process.stdin, flush=True)
+        for process in processes:
             if process.stdout.readline() != "done\n":
                 raise RuntimeError("a process of TensorFlow's cluster has died")
 
-    return {"TensorFlow": Step(run)}
+    push = functools.partial(ask, _cluster[1:], pushes)
+    take = functools.partial(ask, _cluster[1:2], 0)
+    return {"TensorFlow": Step(push, prepare=take)}
 
 
 def sparse_ops(*, entries: int, device: str) -> dict[str, Step]:
