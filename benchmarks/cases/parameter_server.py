@@ -3,7 +3,7 @@
 "Ray alone" moves the same arrays to an actor that does nothing with them: the floor. TensorFlow's
 accumulator lies in a `tf.train.Server` process and is fed by others. A worker waits for each answer
 before its next push. The server takes its steps on the way, and the last of them is waited for;
-what an accumulator has summed is taken between the runs.
+"between steps" it takes one after each run, which is not timed, nor is the accumulator's take.
 """
 
 from __future__ import annotations
@@ -80,6 +80,7 @@ def on_ray(ids: int, workers: int, rows: int, pushes: int) -> Iterator[dict[str,
         jaxaccum.ray.ParameterServer, like, optax.sgd(0.1), tables=True, timeout=SECONDS
     )
     servers = {n: make_server(num_shards=n, num_required=A_STEP) for n in (1, 2)}
+    servers[0] = make_server(num_required=workers * pushes)
     worker = ray.remote(ray_workers.Worker).options(num_cpus=0)
     started = [worker.remote(ids, rows, seed) for seed in range(workers)]
 
@@ -87,10 +88,13 @@ def on_ray(ids: int, workers: int, rows: int, pushes: int) -> Iterator[dict[str,
         def call() -> None:
             calls = [getattr(each, method).remote(target, pushes) for each in started]
             steps = ray.get(calls, timeout=SECONDS)
-            if method == "server":
+            if target in (servers[1], servers[2]):
                 target.pull([0], at_least=max(steps))
 
         return Step(call, prepare=prepare)
+
+    def finish_step() -> None:
+        servers[0].pull([0], at_least=servers[0].statistics()["global_step"])
 
     def take() -> None:
         if acc.num_accumulated():
@@ -101,6 +105,7 @@ def on_ray(ids: int, workers: int, rows: int, pushes: int) -> Iterator[dict[str,
             "accumulator": step("accumulator", acc, take),
             "server": step("server", servers[1]),
             "server, 2 shards": step("server", servers[2]),
+            "server, between steps": step("server", servers[0], finish_step),
             "Ray alone": step("sink", sink),
         }
     finally:

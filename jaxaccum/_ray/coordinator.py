@@ -24,84 +24,26 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import os
 import time
 import uuid
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
 
-from jaxaccum._accumulator.state import Reduction, Verdict
-from jaxaccum._coordinator.policy import Policy
+from jaxaccum._accumulator.state import Verdict
 from jaxaccum._ray.calls import NAMESPACE, cause_of, check_version, first_line, import_ray
 from jaxaccum._ray.checkpoints import Folder
 from jaxaccum._ray.errors import FailedError, RolledBackError
-from jaxaccum._ray.layout import Layout, Part
+from jaxaccum._ray.layout import Part
 from jaxaccum._ray.parcels import unpack
-from jaxaccum._ray.shard import KEEP_STEPS, Entry, ParameterServerShard
+from jaxaccum._ray.plan import Plan, View
+from jaxaccum._ray.shard import Entry, ParameterServerShard
 from jaxaccum._ray.tickets import Tickets
-from jaxaccum._rows.tree import Leaf, PyTree
+from jaxaccum._rows.tree import Leaf
 
 logger = logging.getLogger("jaxaccum")
 _RETRY_SECONDS = 0.1
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What a server is made from.
-
-    Attributes:
-      run: of this server alone: a coordinator that finds a checkpoint of its own was restarted.
-      name: for logs and names of actors.
-      layout, skeleton, tx, reduction: see `ParameterServerShard`.
-      num_required, policy: see `Tickets`.
-      folder: of the checkpoints; ``None``: a server that dies is gone.
-      checkpoint_every: steps between them.
-      actor_options: what Ray is told of the actors.
-    """
-
-    run: str
-    name: str
-    layout: Layout
-    skeleton: PyTree
-    tx: PyTree
-    reduction: Reduction
-    num_required: int
-    policy: Policy
-    folder: str | None
-    checkpoint_every: int
-    actor_options: dict[str, object]
-
-    @property
-    def keep_steps(self) -> int:
-        """For how many steps a part waits for its commit."""
-        return KEEP_STEPS + self.policy.max_staleness
-
-    @property
-    def shards(self) -> tuple[Layout, PyTree, PyTree, Reduction, int]:
-        """What each shard is told beside its number."""
-        return self.layout, self.skeleton, self.tx, self.reduction, self.keep_steps
-
-    def __str__(self) -> str:
-        """Says what can be said of it in a line: two servers of one name must say the same."""
-        return (
-            f"{self.layout}, {self.reduction}, num_required {self.num_required}, {self.policy}, "
-            f"checkpoint_dir {self.folder}, checkpoint_every {self.checkpoint_every}"
-        )
-
-
-class View(NamedTuple):
-    """What a worker must know to talk to the server as it now is.
-
-    Attributes:
-      epoch: since the last time it went back.
-      others: the actors of the shards but for the first, which the coordinator's has.
-      plan: what it is made from.
-    """
-
-    epoch: str
-    others: list[Leaf]
-    plan: Plan
 
 
 class ParameterServerCoordinator:
@@ -276,17 +218,26 @@ class ParameterServerCoordinator:
         keys = [ticket.key for ticket in tickets.waiting]
         refused, tickets.refused = tickets.refused, []
         number = self._next_number()
-        done = self._ask_all("update", epoch, number, tickets.step, entries, keys, refused)
+        update = functools.partial(
+            self._ask_all, "update", epoch, number, tickets.step, entries, keys, refused
+        )
         self._note("step", tickets.step)
-        self._spawn(self._finish_step(epoch, tickets.step, len(entries), done, start))
+        self._spawn(self._take_step(epoch, tickets.step, len(entries), update, start))
         if self._folder is not None and tickets.num_steps % self._plan.checkpoint_every == 0:
             self._spawn(self._save_unless_saving())
 
-    async def _finish_step(
-        self, epoch: str | None, step: int, num_gradients: int, done: Leaf, start: float
+    async def _take_step(
+        self,
+        epoch: str | None,
+        step: int,
+        num_gradients: int,
+        update: Callable[[], Leaf],
+        start: float,
     ) -> None:
+        # The first shard's part keeps this thread busy: whoever pushed last is answered before it.
+        await asyncio.sleep(0)
         try:
-            await done
+            await update()
         except RolledBackError:
             return
         except import_ray().exceptions.RayActorError as error:

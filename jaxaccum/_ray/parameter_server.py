@@ -19,10 +19,11 @@ from jaxaccum._coordinator.errors import InvalidArgumentError
 from jaxaccum._coordinator.policy import Policy
 from jaxaccum._coordinator.tree_accumulator import Applied
 from jaxaccum._ray.calls import NAMESPACE, Deadline, import_ray, version, wait_for
-from jaxaccum._ray.coordinator import ParameterServerCoordinator, Plan, View
+from jaxaccum._ray.coordinator import ParameterServerCoordinator
 from jaxaccum._ray.errors import FailedError, RolledBackError, UnavailableError
 from jaxaccum._ray.layout import Layout, Part
 from jaxaccum._ray.parcels import pack
+from jaxaccum._ray.plan import Plan, View
 from jaxaccum._rows.indexed_slices import is_slices
 from jaxaccum._rows.tables import Tables
 from jaxaccum._rows.tree import Leaf, PyTree
@@ -61,7 +62,8 @@ class ParameterServer:
     that dies is started again by Ray, and all of them go back to the last checkpoint; workers
     notice a delay. `lost` tells which gradients went with it.
 
-    Memory: a shard keeps the gradients of a step until all are there, beside its rows.
+    Memory: a shard keeps the gradients of a step until all are there, beside its rows, and room to
+    join their values in.
 
     Args:
       params: a tree of arrays, the first parameters; a `TableInit` for a table whose rows are made

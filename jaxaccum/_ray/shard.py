@@ -30,10 +30,6 @@ from jaxaccum._ray.part_sum import join_parts, sum_rows
 from jaxaccum._rows.row_arithmetic import gather_rows
 from jaxaccum._rows.tree import Leaf, PyTree
 
-# A part that was never committed goes after so many steps beyond the staleness allowed; a commit
-# that comes later is refused, so that nothing is counted of which a part is gone.
-KEEP_STEPS = 16
-
 
 class Entry(NamedTuple):
     """A gradient of a step.
