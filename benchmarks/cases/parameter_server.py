@@ -12,7 +12,7 @@ import contextlib
 import functools
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -84,28 +84,27 @@ def on_ray(ids: int, workers: int, rows: int, pushes: int) -> Iterator[dict[str,
     worker = ray.remote(ray_workers.Worker).options(num_cpus=0)
     started = [worker.remote(ids, rows, seed) for seed in range(workers)]
 
-    def step(method: str, target: Any, prepare: Callable[[], None] | None = None) -> Step:
+    def settle() -> None:
+        """Leaves nobody at work, nor anything to take, whoever has run before."""
+        servers[0].pull([0], at_least=servers[0].statistics()["global_step"])
+        if acc.num_accumulated():
+            acc.take_grad(1, timeout=SECONDS)
+
+    def step(method: str, target: Any) -> Step:
         def call() -> None:
             calls = [getattr(each, method).remote(target, pushes) for each in started]
             steps = ray.get(calls, timeout=SECONDS)
             if target in (servers[1], servers[2]):
                 target.pull([0], at_least=max(steps))
 
-        return Step(call, prepare=prepare)
-
-    def finish_step() -> None:
-        servers[0].pull([0], at_least=servers[0].statistics()["global_step"])
-
-    def take() -> None:
-        if acc.num_accumulated():
-            acc.take_grad(1, timeout=SECONDS)
+        return Step(call, prepare=settle)
 
     try:
         yield {
-            "accumulator": step("accumulator", acc, take),
+            "accumulator": step("accumulator", acc),
             "server": step("server", servers[1]),
             "server, 2 shards": step("server", servers[2]),
-            "server, between steps": step("server", servers[0], finish_step),
+            "server, between steps": step("server", servers[0]),
             "Ray alone": step("sink", sink),
         }
     finally:
