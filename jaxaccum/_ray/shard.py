@@ -153,7 +153,7 @@ class ParameterServerShard:
             parts, weights, self._layout.leaves, owned, self._number, self._reduction, self._room
         )
         self._params, self._state = self._optimize(self._params, self._state, joined)
-        for leaf in jax.tree.leaves(self._params):
+        for leaf in jax.tree.leaves((self._params, self._state)):
             leaf.block_until_ready()  # what was joined is not read any more, either
         first, kept = step - self._keep_steps, set(waiting)
         self._staged = {

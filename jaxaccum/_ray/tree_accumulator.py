@@ -78,6 +78,7 @@ class TreeAccumulatorActor:
             carry_over=policy.carry_over,
         )
         self._answers, self._takes, self._about = Answers(), Takes(), about
+        self._adding = threading.Lock()
         self._loop = asyncio.new_event_loop()
         threading.Thread(target=self._loop.run_forever, name="takes", daemon=True).start()
         asyncio.run_coroutine_threadsafe(self._takes.keep_expiring(), self._loop)
@@ -92,12 +93,14 @@ class TreeAccumulatorActor:
         """Adds a gradient once, however often it comes."""
         push: Push = unpack(parcel)
         key, grads, local_step, worker = push
-        # One thread runs this: a repetition cannot slip in between the look and the answer.
-        if (before := self._answers.find(key)) is not None:
-            return Applied(before, self._acc.global_step)
-        applied = self._acc.apply_grad(grads, local_step, worker=worker)
-        self._answers.keep(key, applied.verdict)
-        return applied
+        # With a `max_concurrency` of the user's there are several threads here: a repetition must
+        # not slip in between the look and the answer.
+        with self._adding:
+            if (before := self._answers.find(key)) is not None:
+                return Applied(before, self._acc.global_step)
+            applied = self._acc.apply_grad(grads, local_step, worker=worker)
+            self._answers.keep(key, applied.verdict)
+            return applied
 
     def apply_grad_plainly(self, *parcel: Leaf) -> tuple[int, int]:
         """Does as `apply_grad`, and answers with numbers, which Ray need not pickle."""

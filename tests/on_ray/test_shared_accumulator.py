@@ -135,6 +135,17 @@ def test_a_push_that_is_repeated_counts_once(acc):
     assert acc.num_accumulated() == 0
 
 
+def test_a_push_that_is_repeated_counts_once_whatever_the_number_of_threads(cluster):
+    acc = jaxaccum.ray.TreeAccumulator(
+        LIKE, tables=TABLES, reduction="sum", timeout=SECONDS, actor_options={"max_concurrency": 8}
+    )
+    for k in range(10):
+        ray.get([acc.apply_grad_ref(gradient(1), key=str(k)) for _ in range(8)], timeout=SECONDS)
+    assert acc.num_accumulated() == 10
+    check(acc.take_grad(10, timeout=SECONDS), [1] * 10)
+    acc.close()
+
+
 def test_a_take_ends_in_time(acc):
     with pytest.raises(jaxaccum.DeadlineExceededError):
         acc.take_grad(1, timeout=0.01)
