@@ -89,9 +89,10 @@ class Worker:
         shape = (self._args.num_entities, values.shape[1])
         grads = model.Tables(jaxaccum.IndexedSlices(ids, np.asarray(values), shape), dense)
         key = f"{self._prefix}/{self._number}"
-        answer = self._server.push(grads, step, worker=self._name, key=key)
+        self._server.push(grads, step, worker=self._name, key=key)
         self._number += 1
-        self._step = step + 1 if self._args.policy == "sync" else answer.global_step
+        if self._args.policy == "sync":
+            self._step = step + 1
         return float(loss)
 
     def _next_batch(self) -> tuple[np.ndarray, np.ndarray]:

@@ -356,6 +356,9 @@ class ParameterServerCoordinator:
         logger.error(message)
         self._failure = message
         self._is_open.set()
+        self._first.stop()
+        for shard in self._others:
+            shard.stop.remote()
 
     def _note(self, what: str, value: str | int) -> None:
         try:

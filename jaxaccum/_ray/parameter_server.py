@@ -180,22 +180,22 @@ class ParameterServer:
         self._actor, self.name, self._timeout = actor, name, timeout
         self._view: View | None = None
         self._plan: Plan | None = None
-        # Of this handle in this process alone: its pushes are told apart from all others.
-        self._client, self._numbers = uuid.uuid4().hex, itertools.count()
+        # Of this handle in this process alone: its pushes are told apart from all others, and it
+        # is not given parameters older than a step that it has been told of.
+        self._client, self._numbers, self._seen = uuid.uuid4().hex, itertools.count(), 0
 
     def __reduce__(self) -> tuple[Callable[..., ParameterServer], tuple[Leaf, ...]]:
         """Travels as the actor it talks to."""
         return _rebuild, (self._actor, self.name, self._timeout)
 
     def pull(self, ids: PyTree, *, at_least: int = 0, timeout: float | None = None) -> Pulled:
-        """Returns rows of tables, and dense leaves whole.
+        """Returns rows of tables, and dense leaves whole: as new as any step this handle knows of.
 
         Args:
           ids: the tree of parameters with row numbers for tables, ``[n]``; for dense leaves
             anything, ``None`` perhaps. The padding index gives zeros.
-          at_least: the step to wait for. After a push that was answered with step ``s``, ``s`` asks
-            for parameters as new as that, and ``s + 1`` waits until that step is over, as workers
-            do that train synchronously.
+          at_least: a step to wait for, of which the handle has not heard yet: after a gradient of
+            step ``s``, ``s + 1`` waits until it counts, as workers do that train synchronously.
           timeout: seconds.
 
         Raises:
@@ -215,11 +215,11 @@ class ParameterServer:
             for of, leaf in zip(given, layout.leaves, strict=True)
         ]
         routes, asked = _route(layout, ids)
+        at_least = as_step(at_least, "at_least")
 
         def attempt(view: View) -> list[Leaf]:
-            shards = [self._actor, *view.others]
-            return [shards[k].pull.remote(view.epoch, part, as_step(at_least, "at_least"))
-                    for k, part in asked.items()]  # fmt: skip
+            shards, step = [self._actor, *view.others], max(at_least, self._seen)
+            return [shards[k].pull.remote(view.epoch, part, step) for k, part in asked.items()]
 
         answers = dict(zip(asked, self._call(attempt, deadline), strict=True))
         values = []
@@ -232,7 +232,9 @@ class ParameterServer:
                 if where.size:
                     rows[where] = answers[k][0][i]
             values.append(rows)
-        return Pulled(treedef.unflatten(values), min(step for _, step in answers.values()))
+        steps = [step for _, step in answers.values()]
+        self._seen = max(self._seen, *steps)
+        return Pulled(treedef.unflatten(values), min(steps))
 
     def push(
         self,
@@ -279,6 +281,7 @@ class ParameterServer:
             return self._actor.commit.remote(*staged, *pack(push))
 
         verdict, step = self._call(attempt, deadline)
+        self._seen = max(self._seen, step)
         return Applied(Verdict(verdict), step)
 
     async def pull_async(
@@ -350,7 +353,7 @@ class ParameterServer:
                 if view is None:
                     look = self._actor.view.remote(version(), suspect)
                     view = self._view = wait_for(look, deadline, self.name)
-                    self._plan = view.plan
+                    self._plan, self._seen = view.plan, 0
                 num_dead, suspect = 0, view.epoch
                 return wait_for(attempt(view), deadline, self.name)
             except FailedError as error:

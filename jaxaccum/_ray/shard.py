@@ -188,6 +188,11 @@ class ParameterServerShard:
         self._check(epoch)
         return os.getpid(), len(self._staged)
 
+    def stop(self) -> None:
+        """Refuses whoever waits, and whoever comes: the coordinator tells them why."""
+        self._epoch = None
+        self._done(self._num_done)
+
     def _check(self, epoch: str) -> None:
         if epoch != self._epoch:
             raise RolledBackError(f"shard {self._number} is at {self._epoch}, not {epoch}")

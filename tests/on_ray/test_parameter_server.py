@@ -218,6 +218,56 @@ def test_an_optimizer_that_couples_rows_is_refused_at_once(cluster):
         )
 
 
+def test_a_worker_is_never_given_what_is_older_than_a_step_it_knows_of(cluster):
+    """Shards are asked for a step after its last gradient is answered; its worker is faster."""
+    server = jaxaccum.ray.ParameterServer(
+        first_params(), optax.sgd(1.0), tables=TABLES, num_shards=3, timeout=SECONDS
+    )
+
+    def ask_late(coordinator):
+        ask = coordinator._ask_all
+
+        async def late(*arguments, **options):
+            await asyncio.sleep(0.2)
+            return await ask(*arguments, **options)
+
+        coordinator._ask_all = late
+
+    ray.get(server._actor.__ray_call__.remote(ask_late), timeout=SECONDS)
+    for step in range(3):
+        assert server.pull(ALL).global_step == step
+        assert server.push(gradient(step), step) == (jaxaccum.Verdict.ACCEPTED, step + 1)
+    server.close()
+
+
+def test_a_step_that_fails_is_told_to_all_who_wait_for_it(cluster):
+    def refuse_ones(update):
+        if (update == 1).any():
+            raise ValueError("a one")
+        return update
+
+    tx = optax.stateless(
+        lambda updates, _: jax.tree.map(
+            lambda u: jax.pure_callback(refuse_ones, jax.ShapeDtypeStruct(u.shape, u.dtype), u),
+            updates,
+        )
+    )
+    params, ids = {"table": np.zeros((100, 1), np.float32)}, {"table": np.array([99])}
+    server = jaxaccum.ray.ParameterServer(params, tx, tables=True, num_shards=2, timeout=SECONDS)
+
+    def push(value, step):
+        values = np.full((1, 1), value, np.float32)
+        grads = {"table": jaxaccum.IndexedSlices(ids["table"], values, (100, 1))}
+        return server.push(grads, step)
+
+    assert push(2, 0).global_step == 1
+    assert push(1, 1).global_step == 2
+    for call in (lambda: server.pull(ids), lambda: server.pull(ids), lambda: push(2, 2)):
+        with pytest.raises(jaxaccum.ray.UnavailableError, match=r"step 2 failed: .*Error"):
+            call()
+    server.close()
+
+
 def test_a_table_is_made_in_its_shards_saved_and_gone_on_from(cluster, tmp_path):
     init = lambda start, stop: jnp.arange(start, stop, dtype=jnp.float32)[:, None]  # noqa: E731
     params = {"table": jaxaccum.ray.TableInit((100, 1), np.dtype(np.float32), init)}
